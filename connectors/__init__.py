@@ -1,0 +1,20 @@
+"""Records and what brings them in and takes them out: codecs, recordings, files, pipes, Kafka."""
+
+from __future__ import annotations
+
+from stepstream.connectors.base import DeadLetter, InputError, Sink, Source, Undecodable
+from stepstream.connectors.records import Forecast, Origin, Reading, Record, Score, SensorFrame
+
+__all__ = [
+    "DeadLetter",
+    "Forecast",
+    "InputError",
+    "Origin",
+    "Reading",
+    "Record",
+    "Score",
+    "SensorFrame",
+    "Sink",
+    "Source",
+    "Undecodable",
+]

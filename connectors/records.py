@@ -1,0 +1,136 @@
+"""What flows through stepstream: a `Record` is a key, an event time, where it came from, and one payload.
+
+Every payload is a frozen dataclass. Arrays are numpy, are never written to after construction, and have the
+shape and unit their docstring states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Forecast", "Origin", "Payload", "Reading", "Record", "Score", "SensorFrame"]
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The input record that caused a record: the coordinates of one entry of the input log.
+
+    `offset` counts from 0 within (topic, partition). A recording is topic = its name, partition 0.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One measurement of one sensor. `value` is in the network's unit (METR-LA: miles per hour)."""
+
+    sensor: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class SensorFrame:
+    """Measurements of many sensors of one network in one time slot that starts at the record's event time.
+
+    `sensors`: N names. `values`: float32 [N] in the network's unit, 0 where not observed. `observed`: bool [N].
+    `restart`: nothing before this frame may be used to interpret it (the first frame of a key, or the first
+    after a gap longer than the pipeline's `max_gap`).
+    A frame from a source may hold any subset of a network's sensors: it is a batch of readings.
+    """
+
+    sensors: tuple[str, ...]
+    values: FloatArray
+    observed: BoolArray
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a model expects of N sensors at H horizons after the record's event time.
+
+    `horizons_s`: H seconds, ascending. `values`: float32 [H, N] in the network's unit. `lower`, `upper`: float32
+    [H, N] bounds of a prediction interval with nominal coverage `coverage`, or None while there is none.
+    `age_s`: float32 [N], how long ago each sensor was last observed (0: in this very slot; inf: never): the
+    consumer's measure of how much the forecast knows. `blind`: no sensor of the network was observed within the
+    model's receptive field, so the values are the model's prior and know nothing of the present.
+    `model`, `weights`: the model's registered name and the sha256 of its weights ("" if it has none).
+    """
+
+    sensors: tuple[str, ...]
+    horizons_s: tuple[int, ...]
+    values: FloatArray
+    age_s: FloatArray
+    model: str
+    weights: str
+    blind: bool = False
+    lower: FloatArray | None = None
+    upper: FloatArray | None = None
+    coverage: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Prequential errors of one model at one horizon, over values whose truth was observed.
+
+    `count`: scored values since the start; `mae`, `rmse` in the network's unit and `mape` as a fraction over all
+    of them; `window_*`: the same over the last `window_s` seconds of event time. `covered`, `window_covered`: the
+    fraction of truths inside the prediction interval, None where there was no interval. Errors are NaN where
+    `count` (or `window_count`) is 0.
+    """
+
+    model: str
+    weights: str
+    horizon_s: int
+    count: int
+    mae: float
+    rmse: float
+    mape: float
+    covered: float | None
+    window_s: int
+    window_count: int
+    window_mae: float
+    window_rmse: float
+    window_mape: float
+    window_covered: float | None
+
+
+Payload: TypeAlias = Any
+"""`Reading`, `SensorFrame`, `Forecast`, `Score`, or any other frozen dataclass: operators name those they consume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of a stream.
+
+    `key`: the network, vehicle, camera or graph it belongs to; order is kept per key. `time_ns`: event time in
+    nanoseconds since the Unix epoch. `origin`: the input record that caused it. `path`: the lineage below that
+    origin: () for an input record; the i-th output of an operator caused by a record with path p has p + (i,).
+    (origin, path) identifies an output, is the same at any batch size and after any restart, and sorts a cause
+    before its consequences.
+    """
+
+    key: str
+    time_ns: int
+    value: Payload
+    origin: Origin
+    path: tuple[int, ...] = field(default=())
+
+    def derive(self, index: int, value: Payload, time_ns: int | None = None) -> Record:
+        """The `index`-th record this one caused; same key, and same event time unless one is given."""
+        return Record(
+            self.key,
+            self.time_ns if time_ns is None else time_ns,
+            value,
+            self.origin,
+            (*self.path, index),
+        )

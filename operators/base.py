@@ -1,0 +1,87 @@
+"""The contract between the runtime and a stream operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+from stepstream.connectors.records import Record
+
+__all__ = ["Context", "Operator", "Options", "State"]
+
+# A tree of dicts whose leaves are numpy arrays, torch tensors, or JSON values (None, bool, int, float, str, list).
+# Dict keys are strings without "/". It holds no reference to anything the operator goes on changing.
+State: TypeAlias = dict[str, Any]
+
+
+class Options(BaseModel):
+    """Base of an operator's options: immutable, and an unknown key is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Context(Protocol):
+    """What the runtime lends an operator while it works. None of it is part of the operator's state."""
+
+    @property
+    def replaying(self) -> bool:
+        """True while the log before the committed offset is replayed silently: outputs are thrown away."""
+
+    def count(self, what: str, amount: int = 1) -> None:
+        """Adds to the counter `what` of this operator ("late", "duplicate", ...). Not counted while replaying."""
+
+    def dead_letter(self, record: Record, reason: str) -> None:
+        """Hands a record that cannot be used to the dead-letter sink, and counts it. Not while replaying."""
+
+
+class Operator(ABC):
+    """Turns records into records; a deterministic, keyed state machine.
+
+    State is held per key and only through `process`/`on_end`: the outputs for a key are a function of that key's
+    records in order, whatever records of other keys lie between them and however the stream is cut into calls.
+
+    `consumes` names the payload types that `process` is given; every other record passes by unchanged. A consumed
+    record goes on downstream exactly if a later operator consumes its type, so operators never re-emit their input.
+    Records of one call are in cause order (origin, then path), and so must the outputs of one cause be.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    consumes: ClassVar[tuple[type, ...]] = ()
+    emits: ClassVar[tuple[type, ...]] = ()
+
+    @abstractmethod
+    def process(self, records: Sequence[Record], context: Context) -> list[Record]:
+        """The records that `records` cause: each made with `cause.derive(i, value)`, i counting from 0 per cause."""
+
+    def on_end(self, last: Record, context: Context) -> list[Record]:
+        """The records still held back for key `last.key` when its input has ended for good (a finite recording).
+
+        `last` is that key's last input record, and the cause of what is returned: derive from it with indices that
+        `process` cannot have used for it (start at `END_INDEX`).
+        """
+        return []
+
+    def keys(self) -> Iterable[str]:
+        """The keys that have state."""
+        return ()
+
+    def snapshot(self, key: str) -> State:
+        """The state of one key: equal to what `restore` was given if nothing was processed since, bit for bit."""
+        return {}
+
+    def restore(self, key: str, state: State) -> None:
+        """Makes the state of a key what `snapshot` returned. Raises ValueError naming what does not fit."""
+
+    def drop(self, key: str) -> None:
+        """Forgets a key (its partition went to another process). A key without state is not an error."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a person wants to know in `stepstream describe`: options that matter, state size, receptive field."""
+        return {}
+
+
+# Records derived at the end of input sort behind everything their cause had caused before.
+END_INDEX = 1 << 30

@@ -1,0 +1,172 @@
+"""Forecasts of a sensor network: `infer` for traffic models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, ClassVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+
+from stepstream.connectors.records import Forecast, Record, SensorFrame
+from stepstream.models.base import Tree
+from stepstream.models.registry import load_model
+from stepstream.operators.base import Context
+from stepstream.operators.infer import Infer, InferOptions
+
+__all__ = ["ForecastOptions", "Forecaster"]
+
+SECOND_NS = 1_000_000_000
+DAY_S = 86_400
+
+
+class ForecastOptions(InferOptions):
+    """`model`: a registered name or `package.module:Name`. `weights`: a shipped name or a folder.
+
+    `horizons`: how many of the model's horizons to publish (None: all). `timezone`: where the network's clock on the
+    wall is; the default is right for recordings that state no UTC offset.
+    """
+
+    model: str
+    weights: Path
+    horizons: int | None = Field(None, ge=1)
+    timezone: str = "UTC"
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError):
+            raise ValueError(f"{name!r} is not a time zone: a name such as America/Los_Angeles was expected") from None
+        return name
+
+
+class Forecaster(Infer):
+    """One forecast for each frame of each network (the record's key), from a model whose task is "traffic".
+
+    Sensors are matched to the model's by name. A sensor that the model does not know is left out, counted as
+    `unknown_sensor` at every value, and reported once per key to the dead letters; one that the frame lacks is
+    unobserved. Raises ValueError if frames do not come at the model's step.
+    """
+
+    Options = ForecastOptions
+    consumes: ClassVar[tuple[type, ...]] = (SensorFrame,)
+    emits: ClassVar[tuple[type, ...]] = (Forecast,)
+
+    options: ForecastOptions
+
+    def __init__(self, options: ForecastOptions) -> None:
+        loaded = load_model(options.model, options.weights)
+        if loaded.card.task != "traffic":
+            raise ValueError(f"model {options.model!r} is for {loaded.card.task}: one for traffic was expected")
+        super().__init__(options, loaded.model)
+        self.card, self.weights_hash = loaded.card, loaded.weights_hash
+        available = int(getattr(loaded.model, "horizons", 0) or loaded.card.config["horizons"])
+        self.horizons = options.horizons or available
+        if self.horizons > available:
+            raise ValueError(f"horizons is {self.horizons}: the weights forecast {available}")
+        self._horizons_s = tuple(h * self.card.step_s for h in range(1, self.horizons + 1))
+        self._index = {sensor: i for i, sensor in enumerate(self.card.sensors)}
+        self._columns: tuple[tuple[str, ...], np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
+        self._zone = ZoneInfo(options.timezone)
+
+    def starts_afresh(self, record: Record) -> bool:
+        """A frame says itself whether anything before it may be used."""
+        return bool(record.value.restart)
+
+    def fresh_memory(self) -> dict[str, Any]:
+        """Age of each sensor's last value, steps since anything was seen, time of the last frame, names reported."""
+        age = np.full(len(self.card.sensors), np.inf, dtype=np.float32)
+        return {"age_s": age, "unseen": -1, "time_ns": None, "unknown": []}
+
+    def _match(self, sensors: tuple[str, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Which columns of a frame the model knows, and where they go."""
+        if self._columns is None or (self._columns[0] is not sensors and self._columns[0] != sensors):
+            known = [i for i, sensor in enumerate(sensors) if sensor in self._index]
+            target = [self._index[sensors[i]] for i in known]
+            self._columns = (sensors, np.array(known, dtype=np.intp), np.array(target, dtype=np.intp))
+        return self._columns[1], self._columns[2]
+
+    def _report_unknown(self, record: Record, context: Context) -> None:
+        frame: SensorFrame = record.value
+        unknown = [s for s, seen in zip(frame.sensors, frame.observed, strict=True) if s not in self._index and seen]
+        if not unknown:
+            return
+        context.count("unknown_sensor", len(unknown))
+        reported = self.memory[record.key]["unknown"]
+        new = sorted(set(unknown) - set(reported))
+        if new:
+            self.memory[record.key]["unknown"] = reported + new
+            names = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+            context.dead_letter(record, f"sensor {names}: not among the {len(self._index)} sensors of {self.options.weights}")
+
+    def encode(self, records: Sequence[Record], context: Context) -> Tree:
+        """Values, masks and the calendar of one frame for each record."""
+        shape = (len(records), len(self.card.sensors))
+        value, observed = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
+        slot, day = np.zeros(len(records), dtype=np.int64), np.zeros(len(records), dtype=np.int64)
+        for i, record in enumerate(records):
+            memory = self.memory[record.key]
+            last = memory["time_ns"]
+            if last is not None and record.time_ns - last != self.card.step_s * SECOND_NS:
+                raise ValueError(
+                    f"frames of {record.key!r} come {(record.time_ns - last) / SECOND_NS:g} s apart: "
+                    f"the weights expect {self.card.step_s} s (option `every` of `align`)"
+                )
+            known, target = self._match(record.value.sensors)
+            if len(known) < len(record.value.sensors):
+                self._report_unknown(record, context)
+            value[i, target] = record.value.values[known]
+            observed[i, target] = record.value.observed[known]
+            seconds = self._local_seconds(record.time_ns)
+            slot[i] = seconds % DAY_S // self.card.step_s
+            day[i] = (seconds // DAY_S + 3) % 7  # 1970-01-01 was a Thursday
+            memory["time_ns"] = record.time_ns
+            memory["age_s"] = np.where(observed[i], np.float32(0), memory["age_s"] + np.float32(self.card.step_s))
+            memory["unseen"] = 0 if observed[i].any() else memory["unseen"] + (memory["unseen"] >= 0)
+        return {
+            "value": torch.from_numpy(value),
+            "observed": torch.from_numpy(observed),
+            "slot_of_day": torch.from_numpy(slot),
+            "day_of_week": torch.from_numpy(day),
+        }
+
+    def _local_seconds(self, time_ns: int) -> int:
+        seconds = time_ns // SECOND_NS
+        if self.options.timezone == "UTC":
+            return seconds
+        offset = datetime.fromtimestamp(seconds, self._zone).utcoffset()
+        return seconds + int(offset.total_seconds() if offset else 0)
+
+    def decode(self, record: Record, output: np.ndarray[Any, Any]) -> list[Any]:
+        """The forecast of one frame."""
+        memory = self.memory[record.key]
+        field = self.model.receptive_field
+        unseen = memory["unseen"]
+        blind = unseen < 0 or (field is not None and unseen >= field and self.model.needs_weights)
+        forecast = Forecast(
+            sensors=self.card.sensors,
+            horizons_s=self._horizons_s,
+            values=np.ascontiguousarray(output[: self.horizons]),
+            age_s=memory["age_s"],
+            model=self.options.model,
+            weights=self.weights_hash,
+            blind=blind,
+        )
+        return [forecast]
+
+    def describe(self) -> dict[str, Any]:
+        """What is served."""
+        return {
+            "model": self.options.model,
+            "weights": self.weights_hash[:12],
+            "sensors": len(self.card.sensors),
+            "step_s": self.card.step_s,
+            "horizons": self.horizons,
+            **super().describe(),
+        }
