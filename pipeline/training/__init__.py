@@ -1,0 +1,84 @@
+"""Training and evaluation, by the published protocol of each model's task."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from stepstream.connectors.base import InputError
+
+__all__ = ["evaluate", "train"]
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+def resolve_device(device: str) -> str:
+    """"auto" is CUDA where there is one. Raises InputError for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def check_options(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for the dataclass `kind`; raises InputError naming an unknown option."""
+    known = [field.name for field in fields(kind)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise InputError(f"--set {name}: there is no such option; {hint}")
+    return dict(options)
+
+
+def train(
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    minutes: float | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+    stop: Event | None = None,
+) -> dict[str, Any]:
+    """Trains `model` on a recording into the folder `out`, or goes on with the training that stands there.
+
+    `options`: fields of the model's training options; "resume": False starts anew. Returns the card's scores and
+    where things are. Raises InputError for what cannot be trained.
+    """
+    from stepstream.pipeline.training import traffic
+
+    given = dict(options or {})
+    resume = bool(given.pop("resume", True))
+    if minutes is not None:
+        given["minutes"] = minutes
+    return traffic.train(model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event())
+
+
+def evaluate(
+    model: str,
+    data: Path,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    options: Mapping[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores a model or baseline on a recording: {model, task, split, metrics, baselines, ...}.
+
+    `options`: "split" (test), "graph" (a file). Raises InputError or WeightsError for what cannot be evaluated.
+    """
+    from stepstream.pipeline.training import traffic
+
+    return traffic.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)

@@ -1,0 +1,226 @@
+"""`train` and `evaluate` of traffic models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from stepstream.connectors.base import InputError
+from stepstream.connectors.recording import open_recording
+from stepstream.connectors.traffic import TrafficRecording
+from stepstream.models.registry import load_model
+from stepstream.models.sttn import STTNConfig
+from stepstream.models.weights import Card, save_weights
+from stepstream.pipeline.training import Progress, check_options
+from stepstream.pipeline.training.traffic_baselines import (
+    persistence_errors,
+    ridge_errors,
+    weekly_average,
+    weekly_average_errors,
+)
+from stepstream.pipeline.training.traffic_data import WINDOW, TrafficTensors
+from stepstream.pipeline.training.traffic_metrics import (
+    HorizonErrors,
+    evaluate_cold,
+    evaluate_warm,
+    published_horizons,
+)
+from stepstream.pipeline.training.traffic_train import TrainOptions, Trainer
+
+__all__ = ["evaluate", "train"]
+
+
+def read(data: Path, graph: Path | None = None) -> TrafficRecording:
+    """The recording at `data`; raises InputError if it is not one of traffic."""
+    recording = open_recording(data, options={"graph": graph} if graph else None)
+    if not isinstance(recording, TrafficRecording):
+        raise InputError(f"{data} is a recording of {recording.summary()['modality']}: one of traffic was expected")
+    return recording
+
+
+def train(
+    model: str,
+    data: Path,
+    out: Path,
+    device: str,
+    seed: int,
+    options: dict[str, Any],
+    resume: bool,
+    on_progress: Progress | None,
+    stop: Event,
+) -> dict[str, Any]:
+    """See `stepstream.pipeline.training.train`; `options` are fields of `TrainOptions` and `STTNConfig`, and `graph_file`."""
+    graph = options.pop("graph_file", None)
+    recording = read(data, Path(graph) if graph else None)
+    if model == "weekly-average":
+        return _save_weekly_average(recording, data, out)
+    if model != "sttn":
+        raise InputError(f"{model} has nothing to train: sttn or weekly-average was expected")
+    sizes = {f.name for f in fields(STTNConfig)} - {"form", "sensors"}
+    start = options.pop("start_from", None)
+    options["model"] = {name: options.pop(name) for name in list(options) if name in sizes}
+    if "segments" in options:
+        options["segments"] = tuple((int(batch), int(frames)) for batch, frames in options["segments"])
+    chosen = TrainOptions(device=device, seed=seed, **check_options(TrainOptions, options))
+    if not resume and out.exists():
+        for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    initial = load_model("sttn", start).model.state_dict() if start else None
+    trainer = Trainer(recording, out, chosen, initial)
+    trainer.run(_reporter(on_progress), stop)
+    return _finish(trainer, recording, data, out, start)
+
+
+def _reporter(on_progress: Progress | None) -> Callable[[Trainer, float], None] | None:
+    if on_progress is None:
+        return None
+    smooth = {"loss": float("nan")}
+
+    def report(trainer: Trainer, loss: float) -> None:
+        smooth["loss"] = loss if smooth["loss"] != smooth["loss"] else 0.98 * smooth["loss"] + 0.02 * loss
+        shown = {"fraction": trainer.progress, "step": trainer.step, "loss": smooth["loss"]}
+        if trainer.best < float("inf"):
+            shown["validation"] = trainer.best
+        on_progress(shown)
+
+    return report
+
+
+def _finish(trainer: Trainer, recording: TrafficRecording, data: Path, out: Path, start: str | None) -> dict[str, Any]:
+    """Writes the weights with the best validation so far, scored on the validation part; test is for `evaluate`."""
+    model = trainer.best_model()
+    options = {name: value for name, value in asdict(trainer.options).items() if name not in ("model", "device")}
+    card = Card(
+        model="sttn",
+        task="traffic",
+        config=asdict(model.config),
+        sensors=recording.sensors,
+        step_s=recording.step_s,
+        unit=recording.unit,
+        mean=trainer.data.mean,
+        training={
+            "data": recording.name,
+            "frames": len(recording.values),
+            "split": "70/10/20 in time order",
+            "steps": trainer.step,
+            "seconds": round(trainer.seconds),
+            "start_from": start,
+            "torch": torch.__version__,
+            **options,
+        },
+        scores={"validation": trainer.best_scores},
+    )
+    save_weights(model, out, card)
+    return {
+        "model": "sttn",
+        "data": str(data),
+        "out": str(out),
+        "ended": trainer.progress >= 1 or trainer.stale >= trainer.options.patience,
+        "steps": trainer.step,
+        "minutes": round(trainer.seconds / 60, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **trainer.best_scores,
+    }
+
+
+def _save_weekly_average(recording: TrafficRecording, data: Path, out: Path) -> dict[str, Any]:
+    tensors, slots = TrafficTensors.of(recording), 86_400 // recording.step_s
+    model = weekly_average(tensors, WINDOW, slots)
+    config = {"sensors": len(recording.sensors), "horizons": WINDOW, "slots_per_day": slots}
+    training = {"data": recording.name, "frames": len(recording.values), "split": "the first 70 % in time order"}
+    card = Card(
+        model="weekly-average",
+        task="traffic",
+        config=config,
+        sensors=recording.sensors,
+        step_s=recording.step_s,
+        unit=recording.unit,
+        mean=tensors.mean,
+        training=training,
+    )
+    save_weights(model, out, card)
+    return {"model": "weekly-average", "data": str(data), "out": str(out), "ended": True}
+
+
+def evaluate(
+    model: str,
+    data: Path,
+    weights: str | Path | None,
+    device: str,
+    options: dict[str, Any],
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """See `stepstream.pipeline.training.evaluate`.
+
+    `metrics` are cold (state reset, 12 frames in, the published protocol); `warm` those with the state from the
+    stream, which is what a live system has. Keys follow the horizon in minutes; MAPE is a fraction.
+    """
+    graph, split = options.pop("graph_file", None), options.pop("split", "test")
+    if options:
+        raise InputError(f"--set {next(iter(options))}: there is no such option; known are split, graph_file")
+    recording = read(data, Path(graph) if graph else None)
+    tensors, slots = TrafficTensors.of(recording), 86_400 // recording.step_s
+    if split not in tensors.splits:
+        raise InputError(f"--set split={split}: train, validation or test was expected")
+    say = on_progress or (lambda _: None)
+    baselines: dict[str, Callable[[], HorizonErrors]] = {
+        "persistence": lambda: persistence_errors(tensors, split, WINDOW),
+        "weekly-average": lambda: weekly_average_errors(tensors, split, WINDOW, slots),
+        "ridge": lambda: ridge_errors(tensors, split, WINDOW, slots),
+    }
+    result: dict[str, Any] = {"model": model, "task": "traffic", "split": split, "data": recording.name}
+    result["protocol"] = "cold: state reset, 12 frames in; errors over observed truths"
+    horizons = published_horizons(WINDOW)
+    if model not in baselines:
+        result |= _evaluate_model(model, weights, recording, tensors, split, device, say)
+    scores: dict[str, dict[str, float]] = {}
+    for done, (name, errors) in enumerate(baselines.items()):
+        say({"fraction": (done + 1) / 4})
+        scores[name] = errors().metrics(recording.step_s, horizons)
+    if model in scores:
+        result["metrics"] = scores.pop(model)
+    result["baselines"] = scores
+    return result
+
+
+def _evaluate_model(
+    model: str,
+    weights: str | Path | None,
+    recording: TrafficRecording,
+    tensors: TrafficTensors,
+    split: str,
+    device: str,
+    say: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    if weights is None:
+        raise InputError(f"{model} needs --weights: a folder made by `stepstream train`, or the name of shipped ones")
+    loaded = load_model(model, weights)
+    if loaded.card.sensors != recording.sensors:
+        raise InputError(
+            f"weights {weights} are for {len(loaded.card.sensors)} sensors of {loaded.card.training.get('data')}: "
+            f"they do not fit the {len(recording.sensors)} sensors of {recording.name}"
+        )
+    network = loaded.model.to(device)
+    horizons = int(loaded.card.config["horizons"])
+
+    def forward(x: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            say({})
+            output: torch.Tensor = network({name: part.to(device) for name, part in x.items()}).cpu()
+            return output
+
+    wanted = published_horizons(horizons)
+    cold = evaluate_cold(tensors, split, forward, WINDOW, horizons)
+    result: dict[str, Any] = {"weights": loaded.weights_hash, "metrics": cold.metrics(recording.step_s, wanted)}
+    field = network.receptive_field
+    if loaded.card.config.get("form", "causal") == "causal" and field is not None:
+        warm = evaluate_warm(tensors, split, forward, field, horizons)
+        result["warm"] = warm.metrics(recording.step_s, wanted)
+    else:
+        result["form"] = "bidirectional: a window, recomputed for every forecast"
+    return result
