@@ -1,0 +1,152 @@
+"""Payloads as bytes, each named by a content type such as `application/vnd.stepstream.reading+json; v=1`.
+
+JSON is for small things and for people, Arrow IPC for arrays: float32 comes back bit for bit. `v` is the version of the
+payload's schema; a decoder refuses a version it does not know rather than guess.
+
+JSON has no NaN and no infinity: both are written as null. A null reads back as NaN, except in `age_s`, where it reads
+back as infinity (never observed).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from stepstream.connectors import codec_arrow, codec_json
+from stepstream.connectors.base import InputError
+from stepstream.connectors.codec_json import kind_of
+from stepstream.connectors.records import Forecast, Reading, Score, SensorFrame
+
+__all__ = [
+    "DEFAULT_MAX_BYTES",
+    "Encoded",
+    "Form",
+    "decode",
+    "encode",
+    "kind_of",
+    "parse_content_type",
+    "register_codec",
+]
+
+Form: TypeAlias = Literal["json", "arrow"]
+
+DEFAULT_MAX_BYTES = 32 * 2**20
+"""Largest body that `decode` looks at unless told otherwise."""
+
+_CONTENT_TYPE = re.compile(r"application/vnd\.stepstream\.([a-z][a-z0-9_]*)\+(json|arrow)\s*;\s*v=(\d{1,9})")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A payload on the wire: its content type, the version of its schema (also in the content type), and its bytes."""
+
+    content_type: str
+    version: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Codec:
+    kind: str
+    form: Form
+    version: int
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes], Any]
+
+    @property
+    def content_type(self) -> str:
+        return f"application/vnd.stepstream.{self.kind}+{self.form}; v={self.version}"
+
+
+_BY_NAME: dict[tuple[str, str, int], _Codec] = {}
+# Per payload type: its codecs by form, the default form first.
+_BY_TYPE: dict[type, dict[str, _Codec]] = {}
+
+
+def register_codec(
+    payload: type,
+    form: Form,
+    encode: Callable[[Any], bytes],
+    decode: Callable[[bytes], Any],
+    version: int = 1,
+) -> None:
+    """Adds a codec for a payload type. The first one registered for a type is its default form; versions may coexist
+    for decoding, and the last one registered for a form is written. `decode` raises ValueError for a bad body.
+    """
+    codec = _Codec(kind_of(payload), form, version, encode, decode)
+    _BY_NAME[codec.kind, form, version] = codec
+    _BY_TYPE.setdefault(payload, {})[form] = codec
+
+
+def _json_encoder(payload: type) -> Callable[[Any], bytes]:
+    to_fields = codec_json.JSON_FIELDS[payload][0]
+    return lambda value: codec_json.dump(to_fields(value))
+
+
+def _json_decoder(payload: type) -> Callable[[bytes], Any]:
+    from_fields = codec_json.JSON_FIELDS[payload][1]
+    return lambda body: from_fields(codec_json.load_object(body))
+
+
+def encode(value: object, form: Form | None = None) -> Encoded:
+    """`value` as bytes, in its default form (Reading, Score: json; SensorFrame, Forecast: arrow) or the one asked for.
+
+    Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
+    """
+    forms = _BY_TYPE.get(type(value))
+    if forms is None:
+        known = ", ".join(sorted(t.__name__ for t in _BY_TYPE))
+        raise InputError(f"payload: no codec for {type(value).__name__}; known: {known} (see register_codec)")
+    codec = next(iter(forms.values())) if form is None else forms.get(form)
+    if codec is None:
+        raise InputError(f"form: {type(value).__name__} has no {form!r} form; expected {' or '.join(forms)}")
+    return Encoded(codec.content_type, codec.version, codec.encode(value))
+
+
+def parse_content_type(content_type: str) -> tuple[str, str, int]:
+    """(kind, form, version) of a content type; raises InputError if it is not one of ours."""
+    match = _CONTENT_TYPE.fullmatch(content_type.strip())
+    if match is None:
+        raise InputError(
+            f"content type: expected application/vnd.stepstream.KIND+json; v=N (or +arrow), got {content_type[:80]!r}"
+        )
+    return match[1], match[2], int(match[3])
+
+
+def decode(content_type: str, body: bytes, max_bytes: int = DEFAULT_MAX_BYTES) -> Any:
+    """The payload of `body`. Arrays in it are read-only and may share memory with `body`.
+
+    Raises InputError, with the reason, for a body above `max_bytes`, an unknown kind, form or version, and a body that
+    does not hold what its content type says. Nothing is allocated that is not proportional to the body's length.
+    """
+    if len(body) > max_bytes:
+        raise InputError(f"body: {len(body)} bytes, at most {max_bytes} are taken")
+    kind, form, version = parse_content_type(content_type)
+    codec = _BY_NAME.get((kind, form, version))
+    if codec is None:
+        versions = sorted(v for k, f, v in _BY_NAME if (k, f) == (kind, form))
+        if versions:
+            raise InputError(f"content type: {kind}+{form} v={version} is unknown; known versions: {versions}")
+        known = ", ".join(sorted({f"{k}+{f}" for k, f, _ in _BY_NAME}))
+        raise InputError(f"content type: {kind}+{form} is unknown; known: {known}")
+    try:
+        return codec.decode(body)
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        raise InputError(f"{kind}+{form}: {error}") from error
+
+
+def json_kinds() -> Mapping[str, type]:
+    """The payload types that have a JSON form of their own, by kind."""
+    return {kind_of(payload): payload for payload in codec_json.JSON_FIELDS}
+
+
+for _payload in (Reading, Score):
+    register_codec(_payload, "json", _json_encoder(_payload), _json_decoder(_payload))
+register_codec(SensorFrame, "arrow", codec_arrow.encode_frame, codec_arrow.decode_frame)
+register_codec(SensorFrame, "json", _json_encoder(SensorFrame), _json_decoder(SensorFrame))
+register_codec(Forecast, "arrow", codec_arrow.encode_forecast, codec_arrow.decode_forecast)
+register_codec(Forecast, "json", _json_encoder(Forecast), _json_decoder(Forecast))

@@ -1,0 +1,146 @@
+"""Graphs of sensor networks from files: road distances, edge weights, or a whole matrix.
+
+Distances become weights as in DCRNN (Li et al., ICLR 2018, equation 10, arXiv:1707.01926, and its gen_adj_mx.py):
+w = exp(-(d / sigma)^2) with sigma the standard deviation of all distances, and 0 where w < k = 0.1. Edges are directed.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepstream.connectors.base import InputError
+from stepstream.connectors.npz import Npz
+from stepstream.connectors.traffic import Graph, check_graph
+
+__all__ = ["dense_graph", "gaussian_graph", "npz_graph", "read_graph"]
+
+THRESHOLD = 0.1
+MAX_GRAPH_BYTES = 2**30
+
+_DISTANCES = {"cost", "distance", "dist"}
+_WEIGHTS = {"weight", "w", "value"}
+
+
+def gaussian_graph(
+    row: npt.NDArray[np.integer[Any]],
+    col: npt.NDArray[np.integer[Any]],
+    distance: npt.NDArray[np.floating[Any]],
+    threshold: float = THRESHOLD,
+) -> Graph:
+    """Thresholded Gaussian kernel of directed distances (any one unit)."""
+    sigma = float(distance.std()) if len(distance) else 0.0
+    # All distances equal: they carry no more than who is connected.
+    weight = np.exp(-np.square(distance / sigma)) if sigma > 0 else np.ones(len(distance))
+    kept = weight >= threshold
+    return row[kept].astype(np.int32), col[kept].astype(np.int32), weight[kept].astype(np.float32)
+
+
+def dense_graph(path: Path, matrix: npt.NDArray[Any], sensors: int) -> Graph:
+    """The edges of a weight matrix [N, N] (row: from, column: to; 0: no edge)."""
+    if matrix.shape != (sensors, sensors) or matrix.dtype.kind not in "fiub":
+        raise InputError(
+            f"{path}: graph: expected numbers [{sensors}, {sensors}], one row and column a sensor, "
+            f"got {matrix.dtype} {list(matrix.shape)}"
+        )
+    row, col = np.nonzero(matrix)
+    return check_graph(path, (row.astype(np.int32), col.astype(np.int32), matrix[row, col].astype(np.float32)), sensors)
+
+
+def npz_graph(archive: Npz, sensors: int) -> Graph | None:
+    """The graph in an archive: adj_row, adj_col, adj_w (edges) or adjacency, adj, adj_mx (a matrix), or None."""
+    if "adj_row" in archive or "adj_col" in archive or "adj_w" in archive:
+        for name in ("adj_row", "adj_col", "adj_w"):
+            if name not in archive:
+                raise InputError(f"{archive.path}: {name}: missing; a graph has adj_row, adj_col and adj_w")
+        return check_graph(archive.path, (archive["adj_row"], archive["adj_col"], archive["adj_w"]), sensors)
+    for name in ("adjacency", "adj", "adj_mx"):
+        if name in archive:
+            shape, _ = archive.header(name)
+            if shape != (sensors, sensors):
+                raise InputError(f"{archive.path}: {name}: expected [{sensors}, {sensors}], got {list(shape)}")
+            return dense_graph(archive.path, archive[name], sensors)
+    return None
+
+
+def _number(path: Path, line: int, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not np.isfinite(number):
+        raise InputError(f"{path}: line {line}: expected a number, got {text[:40]!r}")
+    return number
+
+
+def _read_edges(path: Path, rows: list[list[str]], sensors: Sequence[str]) -> Graph:
+    header = [cell.strip().lower() for cell in rows[0]]
+    kind = header[2]
+    index = {sensor: i for i, sensor in enumerate(sensors)}
+    edges: dict[tuple[int, int], float] = {}
+    for line, cells in enumerate(rows[1:], start=2):
+        if len(cells) != 3:
+            raise InputError(f"{path}: line {line}: expected 3 fields (from, to, {kind}), got {len(cells)}")
+        number = _number(path, line, cells[2])
+        source, target = index.get(cells[0].strip()), index.get(cells[1].strip())
+        if source is not None and target is not None:  # distance lists often cover more sensors than a recording
+            edges[source, target] = number
+    if not edges:
+        some = rows[1][0] if len(rows) > 1 else "nothing"
+        raise InputError(
+            f"{path}: graph: names none of the recording's sensors (it has {some!r}, they are {sensors[0]!r} ..)"
+        )
+    pairs = np.array(list(edges), np.int32)
+    numbers = np.array(list(edges.values()), np.float64)
+    if kind in _DISTANCES:
+        return check_graph(path, gaussian_graph(pairs[:, 0], pairs[:, 1], numbers), len(sensors))
+    kept = numbers != 0
+    return check_graph(path, (pairs[kept, 0], pairs[kept, 1], numbers[kept].astype(np.float32)), len(sensors))
+
+
+def read_graph(path: Path, sensors: Sequence[str]) -> Graph:
+    """The graph in a file, for these sensors: directed edges (from, to, weight).
+
+    csv with the header from,to,cost (distances), csv with from,to,weight, csv with N rows of N weights and no header,
+    or npz (see `npz_graph`). Raises InputError naming the file and what was expected.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise InputError(f"{path}: graph: larger than {MAX_GRAPH_BYTES} bytes")
+        with path.open("rb") as stream:
+            head = stream.read(4)
+    except OSError as error:
+        raise InputError(f"{path}: graph: {error.strerror}") from None
+    if head.startswith(b"PK\x03\x04"):
+        with Npz(path) as archive:
+            graph = npz_graph(archive, len(sensors))
+            if graph is None:
+                found = ", ".join(sorted(archive)) or "nothing"
+                raise InputError(f"{path}: graph: expected adj_row, adj_col, adj_w or adjacency; it holds {found}")
+            return graph
+    if head[:1] == b"\x80":
+        raise InputError(f"{path}: graph: a pickle is never read (it can run code); give the distances csv instead")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as text:
+            rows = [row for row in csv.reader(text) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: graph: expected csv or npz ({error})") from None
+    if not rows:
+        raise InputError(f"{path}: graph: the file is empty")
+    header = [cell.strip().lower() for cell in rows[0]]
+    if header[:2] == ["from", "to"] and len(header) == 3 and header[2] in _DISTANCES | _WEIGHTS:
+        return _read_edges(path, rows, sensors)
+    widths = {len(row) for row in rows}
+    if widths != {len(sensors)} or len(rows) != len(sensors):
+        raise InputError(
+            f"{path}: graph: expected the header from,to,cost (or from,to,weight), or {len(sensors)} rows of "
+            f"{len(sensors)} weights; got {len(rows)} rows of {min(widths)} to {max(widths)} fields"
+        )
+    matrix = np.array([[_number(path, line, cell) for cell in row] for line, row in enumerate(rows, start=1)])
+    return dense_graph(path, matrix, len(sensors))

@@ -1,0 +1,498 @@
+"""Puts the readings of a network on one clock: a frame for every time slot, in order, none left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from stepstream.connectors.records import Reading, Record, SensorFrame
+from stepstream.operators import base
+from stepstream.operators.base import END_INDEX, Context, Operator, State
+from stepstream.operators.durations import Duration, format_duration, to_ns
+from stepstream.operators.slots import MAX_REPEATS, Batch, Combine, Held, KeyState, Slot, some
+
+__all__ = ["Align"]
+
+# Slots that one gap may be filled with, and that may be open at once: bounds the memory one record can ask for.
+MAX_SLOTS = 100_000
+MAX_HELD = 64
+# Readings in a row of the only sensor that still speaks before its time is believed.
+ALONE = 4
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_TIME_LIMIT = 1 << 62
+
+
+class Align(Operator):
+    """Readings and partial frames in any order -> one `SensorFrame` a key and slot, empty slots included.
+
+    Slot k of a key is [k, k + 1) * `every` of Unix time; its frame has the event time of its start. The watermark of a
+    key is its newest believed event time minus `lateness` and never goes back. A slot is emitted once the watermark
+    has reached its end; where `sensors` is given and `early` is on, the oldest open slot is emitted as soon as
+    every sensor has reported (never with `combine: mean`, which needs all readings of a slot). Frames that
+    come in any order which keeps within `lateness` are the same as in order; learned sensors then have the same
+    values, but their columns are in order of appearance.
+
+    Restart: the first frame of a key has `restart`. Where more than `max_gap` lies between one slot with records and
+    the next, no empty frames are made and the next frame has `restart`. A frame without any observed value is a
+    record too: it says that time has passed.
+
+    Dropped and counted: "late" (the slot was emitted), "duplicate" (same sensor and event time as a reading of an
+    open slot; the one that arrived first stands). Dead-lettered with the reason: values that are not finite, out of
+    range, of an unknown sensor (a frame goes on without them), malformed frames, times that are never believed.
+    Counted for each frame: "frames", "empty_frames", "missing" (its unobserved sensors).
+
+    Times from the future: a record more than `max_ahead` past the newest believed time (or the first of a key) is
+    held, so that one wrong clock cannot make everybody else late. It is used, in event-time order, as soon as
+    (1) the believed time reaches it; or (2) there are two such records within `max_gap` of each other in which
+    different sensors speak (in a network of one sensor, and for two frames of the same sensors: two event times), when
+    the earlier of the two is believed; or (3) one sensor alone has spoken in the last 4 or more records, over more
+    than `max_ahead` of its time and within `max_gap`, when the earliest of them is believed. At most 64 are held:
+    the oldest one is dead-lettered for the 65th, and what is still held at the end of the input is too, except that
+    a key whose time never began begins then.
+    """
+
+    class Options(base.Options):
+        """`every`, `lateness`, `max_gap`, `max_ahead`: durations such as 5min. The rest: see `Align`."""
+
+        every: Duration = Field(timedelta(minutes=5), gt=timedelta(0), description="length of a slot")
+        lateness: Duration = Field(timedelta(0), description="how long a slot waits for readings that come late")
+        sensors: tuple[str, ...] | None = Field(None, min_length=1, description="the network; None: learned")
+        early: bool = Field(default=True, description="with `sensors`: emit a slot as soon as all have reported")
+        combine: Combine = Field("last", description="several readings of a sensor in a slot, by event time")
+        negative: Literal["reject", "accept"] = "reject"
+        max_value: float | None = Field(None, allow_inf_nan=False, description="above it a reading is rejected")
+        max_gap: Duration | None = Field(None, description="longest gap filled; None: 3 days or 100,000 slots")
+        max_ahead: Duration | None = Field(None, description="None: three slots, or `lateness` if longer")
+        max_sensors: int = Field(100_000, ge=1, le=10_000_000)
+        late: Literal["count", "dead-letter"] = "count"
+
+        @field_validator("sensors")
+        @classmethod
+        def _distinct(cls, sensors: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            if sensors is not None and len(set(sensors)) != len(sensors):
+                twice = sorted({name for name in sensors if sensors.count(name) > 1})
+                raise ValueError(f"every sensor must be named once; named more often: {some(twice)}")
+            return sensors
+
+        @model_validator(mode="after")
+        def _bounded(self) -> Align.Options:
+            for name, value in (("max_gap", self.max_gap), ("max_ahead", self.max_ahead), ("lateness", self.lateness)):
+                if value is not None and value > self.every * MAX_SLOTS:
+                    raise ValueError(
+                        f"{name} is {format_duration(value)}, which is more than {MAX_SLOTS:,} slots of "
+                        f"{format_duration(self.every)}: choose a smaller {name} or longer slots"
+                    )
+            if self.sensors is not None and len(self.sensors) > self.max_sensors:
+                raise ValueError(f"{len(self.sensors):,} sensors are given, but max_sensors is {self.max_sensors:,}")
+            return self
+
+    consumes: ClassVar[tuple[type, ...]] = (Reading, SensorFrame)
+    emits: ClassVar[tuple[type, ...]] = (SensorFrame,)
+
+    def __init__(self, options: Align.Options) -> None:
+        self.options = options
+        self._every = to_ns(options.every)
+        self._lateness = to_ns(options.lateness)
+        gap = min(timedelta(days=3), options.every * MAX_SLOTS) if options.max_gap is None else options.max_gap
+        self._max_gap = to_ns(gap)
+        self._gap_slots = self._max_gap // self._every
+        ahead = max(options.lateness, 3 * options.every) if options.max_ahead is None else options.max_ahead
+        self._max_ahead = to_ns(ahead)
+        self._smallest = 0.0 if options.negative == "reject" else -_FLOAT32_MAX
+        self._largest = _FLOAT32_MAX if options.max_value is None else min(options.max_value, _FLOAT32_MAX)
+        self._early = options.early and options.sensors is not None and options.combine != "mean"
+        self._capacity = options.max_sensors if options.sensors is None else len(options.sensors)
+        self._states: dict[str, KeyState] = {}
+        self._nothing = (np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.bool_))
+
+    def process(self, records: Sequence[Record], context: Context) -> list[Record]:
+        """Every frame that is due once these records are known, derived from the record that made it due."""
+        out: list[Record] = []
+        key: str | None = None
+        state = KeyState(())
+        every, early = self._every, self._early
+        smallest, largest = self._smallest, self._largest
+        slot = Slot(0)
+        low, high, find = 0, 0, state.index.get
+        times, values, repeats = slot.times, slot.values, slot.repeats
+        for record in records:
+            value = record.value
+            # The quick way: a reading of a known sensor in the slot that is being filled, which makes nothing due.
+            if value.__class__ is Reading and record.key == key:
+                time = record.time_ns
+                if not low <= time < high and state.since <= time < state.until:
+                    self._focus(state, time // every)
+                    low, high = state.low, state.high
+                    if state.hot is not None:
+                        slot = state.hot
+                        times, values, repeats = slot.times, slot.values, slot.repeats
+                if low <= time < high and smallest <= value.value <= largest:
+                    column = find(value.sensor)
+                    if column is not None:
+                        seen = times[column]
+                        if seen is None and (not early or slot.left > 1):
+                            times[column] = time
+                            values[column] = value.value
+                            if early:
+                                slot.left -= 1
+                        elif seen is None or seen == time or (column, time) in repeats or len(repeats) >= MAX_REPEATS:
+                            column = None
+                        else:
+                            repeats[column, time] = value.value
+                        if column is not None:
+                            newest = state.newest
+                            if newest is None or time > newest:
+                                state.newest = time
+                            continue
+            key = record.key
+            state = self._states.get(key) or self._open(key)
+            self._take(state, record, _Outlet(record, out), context)
+            low, high, find = state.low, state.high, state.index.get
+            if state.hot is not None:
+                slot = state.hot
+                times, values, repeats = slot.times, slot.values, slot.repeats
+        return out
+
+    def _open(self, key: str) -> KeyState:
+        state = self._states[key] = KeyState(self.options.sensors or ())
+        return state
+
+    def _take(self, state: KeyState, record: Record, outlet: _Outlet, context: Context) -> None:
+        """Any record: judges its time, then its content."""
+        time = record.time_ns
+        if state.floor is not None and time // self._every < state.floor:
+            state.run = 0
+            self._late(record, context)
+        elif state.newest is None or time > state.newest + self._max_ahead:
+            state.cool()
+            self._hold(state, record, outlet, context)
+        else:
+            state.run = 0
+            self._accept(state, record, outlet, context)
+            self._heat(state, time // self._every)
+
+    def _late(self, record: Record, context: Context) -> None:
+        value = record.value
+        context.count("late", int(np.count_nonzero(value.observed)) if isinstance(value, SensorFrame) else 1)
+        if self.options.late == "dead-letter":
+            context.dead_letter(record, f"late: the frame for its slot was emitted before {_what(record)} came")
+
+    def _heat(self, state: KeyState, number: int) -> None:
+        """Sets for which readings to come the quick way is right: it must not skip any of the checks of `_take`."""
+        if state.newest is None or state.floor is None:
+            state.cool()
+            return
+        closing = ((state.newest - self._lateness) // self._every + 1) * self._every + self._lateness
+        state.since, state.until = state.floor * self._every, min(closing, state.newest + self._max_ahead + 1)
+        for held in state.held:
+            state.until = min(state.until, held.record.time_ns)
+        self._focus(state, number)
+
+    def _focus(self, state: KeyState, number: int) -> None:
+        """Makes one open slot the one that the quick way writes to, if it can."""
+        slot = state.open.get(number)
+        if slot is None or slot.batches:
+            state.hot, state.low, state.high = None, 0, 0
+            return
+        slot.widen(len(state.names))
+        state.hot, state.low = slot, number * self._every
+        state.high = min(state.low + self._every, state.until)
+
+    def _accept(self, state: KeyState, record: Record, outlet: _Outlet, context: Context) -> None:
+        """A record whose time is believed: into its slot; what is due goes out."""
+        if not self._insert(state, record, context):
+            return
+        assert state.newest is not None
+        if record.time_ns > state.newest:
+            self._advance(state, record.time_ns, context)
+        self._drain(state, outlet, context)
+
+    def _advance(self, state: KeyState, time: int, context: Context) -> None:
+        """The believed time moves on; held records that it reaches are used before any slot closes over them."""
+        for held in sorted((h for h in state.held if h.record.time_ns <= time), key=lambda h: h.record.time_ns):
+            state.held.remove(held)
+            if state.floor is not None and held.record.time_ns // self._every < state.floor:
+                self._late(held.record, context)
+            else:
+                self._insert(state, held.record, context)
+        state.newest = time
+
+    def _insert(self, state: KeyState, record: Record, context: Context) -> bool:
+        """Writes a record into its slot; False if there is nothing in it that may be used."""
+        if isinstance(record.value, SensorFrame):
+            return self._insert_frame(state, record, record.value, context)
+        reading: Any = record.value
+        reason = self._fault(state, reading)
+        if reason is not None:
+            context.dead_letter(record, reason)
+            return False
+        column = state.index.get(reading.sensor)
+        if column is None:
+            column = state.learn(reading.sensor)
+        slot = self._slot(state, record.time_ns)
+        slot.widen(len(state.names))
+        if slot.has(column, record.time_ns):
+            context.count("duplicate")
+        elif slot.times[column] is not None and not slot.room():
+            context.dead_letter(record, f"{_what(record)} is one of too many readings in one slot")
+        else:
+            slot.add(column, record.time_ns, float(reading.value))
+        return True
+
+    def _insert_frame(self, state: KeyState, record: Record, frame: SensorFrame, context: Context) -> bool:
+        fault = _malformed(frame)
+        columns = None if fault else state.columns(frame.sensors, self._capacity)
+        if columns is None:
+            context.dead_letter(record, fault or "the frame names a sensor twice")
+            return False
+        usable, reason = self._usable(frame)
+        unknown = usable & (columns < 0)
+        if unknown.any():
+            names = [frame.sensors[i] for i in np.flatnonzero(unknown)]
+            reason = "; ".join(filter(None, [reason, f"{self._unknown()}: {some(names)}"]))
+            usable &= ~unknown
+        slot = self._slot(state, record.time_ns)
+        if slot.batches and not slot.room():
+            reason = f"{_what(record)} is one of too many readings in one slot"
+        else:
+            batch = Batch(record.time_ns, columns[usable], frame.values[usable].astype(np.float32))
+            duplicates = slot.add_batch(batch, len(state.names))
+            if duplicates:
+                context.count("duplicate", duplicates)
+        if reason:
+            context.dead_letter(record, reason)
+        return True
+
+    def _slot(self, state: KeyState, time: int) -> Slot:
+        number = time // self._every
+        slot = state.open.get(number)
+        if slot is None:
+            slot = state.open[number] = Slot(self._capacity if self._early else -1)
+        return slot
+
+    def _usable(self, frame: SensorFrame) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], str | None]:
+        """Which observed values may be used, and what is wrong with the others."""
+        good = frame.observed & (frame.values >= self._smallest) & (frame.values <= self._largest)
+        bad = frame.observed & ~good
+        if not bad.any():
+            return good, None
+        named = [f"{frame.sensors[i]!r} is {frame.values[i]}" for i in np.flatnonzero(bad)]
+        return good, f"expected {self._range()}, but {some(named)}"
+
+    def _fault(self, state: KeyState, reading: Reading) -> str | None:
+        if not self._smallest <= reading.value <= self._largest:
+            return f"expected {self._range()}, but {reading.sensor!r} is {reading.value}"
+        if reading.sensor not in state.index and len(state.names) >= self._capacity:
+            return f"{self._unknown()}: {reading.sensor!r}"
+        return None
+
+    def _range(self) -> str:
+        least = "0 or more" if self.options.negative == "reject" else "any number"
+        return f"a finite value ({least}{f', at most {self._largest:g}' if self.options.max_value is not None else ''})"
+
+    def _unknown(self) -> str:
+        if self.options.sensors is not None:
+            return f"not one of the {self._capacity:,} sensors in `sensors`"
+        return f"a new sensor, but max_sensors is {self._capacity:,}"
+
+    def _hold(self, state: KeyState, record: Record, outlet: _Outlet, context: Context) -> None:
+        """A record from further ahead than is believed of one alone."""
+        value: Any = record.value
+        if not -_TIME_LIMIT < record.time_ns < _TIME_LIMIT:
+            context.dead_letter(record, f"its event time {record.time_ns} ns is not within 146 years of 1970")
+            return
+        if isinstance(value, SensorFrame):
+            reason = _malformed(value)
+            sensors = frozenset() if reason else frozenset(np.array(value.sensors)[self._usable(value)[0]].tolist())
+        else:
+            reason = self._fault(state, value)
+            sensors = frozenset((value.sensor,))
+        if reason is not None:
+            context.dead_letter(record, reason)
+            return
+        new = Held(record, sensors)
+        time = record.time_ns
+        near = [h for h in state.held if abs(h.record.time_ns - time) <= self._max_gap]
+        agreed = [h.record.time_ns for h in near if self._agree(state, h, new)]
+        state.held.append(new)
+        state.run += 1
+        if agreed:
+            self._believe(state, min(time, *agreed), outlet, context)
+            return
+        alone = [h.record.time_ns for h in state.held[-state.run :] if h.sensors == sensors and len(sensors) == 1]
+        span = max(alone, default=0) - min(alone, default=0)
+        if len(alone) == state.run >= ALONE and self._max_ahead < span <= self._max_gap:
+            self._believe(state, min(alone), outlet, context)
+        elif len(state.held) > MAX_HELD:
+            self._disbelieve(state.held.pop(0), context)
+
+    def _agree(self, state: KeyState, one: Held, other: Held) -> bool:
+        if one.sensors != other.sensors:
+            return True
+        single = len(one.sensors) == 1 and not (len(state.names) <= 1 and one.sensors.issuperset(state.names))
+        return one.record.time_ns != other.record.time_ns and not single
+
+    def _disbelieve(self, held: Held, context: Context) -> None:
+        limit = format_duration(timedelta(microseconds=self._max_ahead / 1000))
+        reason = (
+            f"{_what(held.record)} is more than {limit} ahead of all others (max_ahead), and no other sensor agreed"
+        )
+        context.dead_letter(held.record, reason)
+
+    def _believe(self, state: KeyState, time: int, outlet: _Outlet, context: Context) -> None:
+        """The time of held records is right after all: uses every one that is no longer too far ahead."""
+        state.run = 0
+        if state.newest is None:
+            state.newest = time
+            state.floor = (time - self._lateness) // self._every
+        self._advance(state, time, context)
+        self._drain(state, outlet, context)
+        while ready := [h for h in state.held if h.record.time_ns <= state.newest + self._max_ahead]:
+            first = min(ready, key=lambda h: h.record.time_ns)
+            state.held.remove(first)
+            # In event-time order nothing is late, except for a slot that went out early because it was complete.
+            if state.floor is not None and first.record.time_ns // self._every < state.floor:
+                self._late(first.record, context)
+            else:
+                self._accept(state, first.record, outlet, context)
+
+    def _drain(self, state: KeyState, outlet: _Outlet, context: Context, closed: int | None = None) -> None:
+        """Emits what is due, oldest first. Slots below `closed` take no more readings."""
+        if closed is None:
+            assert state.newest is not None
+            closed = (state.newest - self._lateness) // self._every
+        while True:
+            following = state.next
+            if following is not None and following in state.open:
+                if following >= closed and state.open[following].left != 0:
+                    break
+                self._emit(state, following, outlet, context)
+                continue
+            if not state.open or (following is not None and following >= closed):
+                break
+            first = min(state.open)
+            if following is None:
+                # Until no earlier slot can get a reading, nothing is known to be the first.
+                if first > closed or (first == closed and state.open[first].left != 0):
+                    break
+                self._emit(state, first, outlet, context)
+            elif state.last is None or first - state.last <= self._gap_slots:
+                for number in range(following, min(first, closed)):
+                    self._emit(state, number, outlet, context)
+            elif first <= closed or closed - state.last > self._gap_slots:
+                state.next = None
+            else:
+                # A reading may still come that makes the gap short enough to be filled.
+                break
+        state.floor = closed if state.next is None else max(closed, state.next)
+
+    def _emit(self, state: KeyState, number: int, outlet: _Outlet, context: Context) -> None:
+        sensors = state.shared_sensors()
+        slot = state.open.pop(number, None)
+        if slot is None:
+            if len(self._nothing[0]) != len(sensors):
+                self._nothing = (np.zeros(len(sensors), dtype=np.float32), np.zeros(len(sensors), dtype=np.bool_))
+            values, observed = self._nothing
+        else:
+            values, observed = slot.collect(len(sensors), self.options.combine)
+            state.last = number
+        frame = SensorFrame(sensors, values, observed, state.next is None)
+        state.next = number + 1
+        missing = len(sensors) - int(np.count_nonzero(observed))
+        context.count("frames")
+        if missing:
+            context.count("missing", missing)
+        if missing == len(sensors):
+            context.count("empty_frames")
+        outlet.put(frame, number * self._every)
+
+    def on_end(self, last: Record, context: Context) -> list[Record]:
+        """Every slot that is still open; what is held and was never believed is dead-lettered."""
+        out: list[Record] = []
+        state = self._states.get(last.key)
+        if state is None:
+            return out
+        outlet = _Outlet(last, out, END_INDEX)
+        state.cool()
+        state.run = 0
+        if state.newest is None and state.held:
+            self._believe(state, state.held[0].record.time_ns, outlet, context)
+        for held in state.held:
+            self._disbelieve(held, context)
+        state.held.clear()
+        if state.open:
+            self._drain(state, outlet, context, max(state.open) + 1)
+        return out
+
+    def keys(self) -> Iterable[str]:
+        """The keys that have sent anything."""
+        return self._states.keys()
+
+    def snapshot(self, key: str) -> State:
+        """The key's open slots, learned sensors, clock and held records."""
+        return {"every_ns": self._every, "fixed": self.options.sensors is not None} | self._states[key].snapshot()
+
+    def restore(self, key: str, state: State) -> None:
+        """Goes on from a snapshot. Raises ValueError if it was made with other slots or other sensors."""
+        if state["every_ns"] != self._every:
+            made = format_duration(timedelta(microseconds=state["every_ns"] / 1000))
+            raise ValueError(
+                f"align: the snapshot has slots of {made}, but every is {format_duration(self.options.every)}"
+            )
+        if state["fixed"] != (self.options.sensors is not None) or (
+            state["fixed"] and tuple(state["sensors"]) != self.options.sensors
+        ):
+            raise ValueError(
+                f"align: the snapshot of {key!r} has other sensors ({some(state['sensors'])}) than the option `sensors`"
+            )
+        self._states[key] = KeyState.restored(key, state)
+
+    def drop(self, key: str) -> None:
+        """Forgets the key."""
+        self._states.pop(key, None)
+
+    def describe(self) -> dict[str, Any]:
+        """Options that matter, and how far back and ahead a reading may lie."""
+        return {
+            "every": format_duration(self.options.every),
+            "lateness": format_duration(self.options.lateness),
+            "sensors": "learned" if self.options.sensors is None else len(self.options.sensors),
+            "combine": self.options.combine,
+            "max_gap": format_duration(timedelta(microseconds=self._max_gap / 1000)),
+            "max_ahead": format_duration(timedelta(microseconds=self._max_ahead / 1000)),
+        }
+
+
+class _Outlet:
+    """Where the frames that one record makes due go, numbered from `start`."""
+
+    __slots__ = ("cause", "index", "out")
+
+    def __init__(self, cause: Record, out: list[Record], start: int = 0) -> None:
+        self.cause = cause
+        self.out = out
+        self.index = start
+
+    def put(self, frame: SensorFrame, time: int) -> None:
+        self.out.append(self.cause.derive(self.index, frame, time))
+        self.index += 1
+
+
+def _malformed(frame: SensorFrame) -> str | None:
+    shape = (len(frame.sensors),)
+    if frame.values.shape == shape and frame.observed.shape == shape:
+        return None
+    return (
+        f"a frame of {shape[0]} sensors needs as many values and observed flags, "
+        f"not arrays of shape {frame.values.shape} and {frame.observed.shape}"
+    )
+
+
+def _what(record: Record) -> str:
+    value: Any = record.value
+    time = np.datetime64(record.time_ns, "ns")
+    return f"the {'frame' if isinstance(value, SensorFrame) else f'reading of {value.sensor!r}'} of {time}"
