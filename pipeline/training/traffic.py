@@ -171,7 +171,7 @@ def evaluate(
     baselines: dict[str, Callable[[], HorizonErrors]] = {
         "persistence": lambda: persistence_errors(tensors, split, WINDOW),
         "weekly-average": lambda: weekly_average_errors(tensors, split, WINDOW, slots),
-        "ridge": lambda: ridge_errors(tensors, split, WINDOW, slots),
+        "ridge": lambda: ridge_errors(tensors, split, WINDOW, slots, published_horizons(WINDOW)),
     }
     result: dict[str, Any] = {"model": model, "task": "traffic", "split": split, "data": recording.name}
     result["protocol"] = "cold: state reset, 12 frames in; errors over observed truths"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,14 @@ def weekly_average_errors(data: TrafficTensors, split: str, horizons: int, slots
     return errors
 
 
-def ridge_errors(data: TrafficTensors, split: str, horizons: int, slots_per_day: int, penalty: float = 100.0) -> HorizonErrors:
+def ridge_errors(
+    data: TrafficTensors,
+    split: str,
+    horizons: int,
+    slots_per_day: int,
+    horizons_wanted: Sequence[int] | None = None,
+    penalty: float = 100.0,
+) -> HorizonErrors:
     """Per sensor and horizon, twelve coefficients on the residual of the weekly average over the last twelve frames.
 
     A missing residual is 0. Fitted in float64 on the training part: (X'X + penalty I) w = X'y over observed truths.
@@ -57,7 +66,7 @@ def ridge_errors(data: TrafficTensors, split: str, horizons: int, slots_per_day:
     part = data.splits["train"]
     fit = torch.from_numpy(data.unbroken(part.first, part.last, WINDOW - 1, horizons))
     identity = penalty * torch.eye(WINDOW, dtype=torch.float64)
-    for h in range(1, horizons + 1):
+    for h in horizons_wanted or range(1, horizons + 1):
         weights = []
         for n in range(residual.shape[1]):
             use = fit[data.observed[fit + h, n]]

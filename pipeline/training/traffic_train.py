@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import math
@@ -65,6 +66,8 @@ def build_sttn(recording: TrafficRecording, data: TrafficTensors, sizes: dict[st
         config = replace(config, **sizes)
     except TypeError as error:
         raise InputError(f"model option: {error}; known are {sorted(asdict(config))}") from None
+    if config.form == "bidirectional" and config.memory < WINDOW:
+        raise InputError(f"memory is {config.memory}: at least {WINDOW} was expected, the window of the paper's form")
     polynomials = None
     if recording.graph and config.graph == "given":
         polynomials = chebyshev_polynomials(config.sensors, *recording.graph, order=config.chebyshev_order)
@@ -203,9 +206,10 @@ class Trainer:
         return self._with(torch.load(self.out / "best.pt", weights_only=True))
 
     def _with(self, weights: dict[str, Tensor]) -> STTN:
-        model = STTN(self.model.config, None)
+        # A copy, not a new model: that would draw from the random numbers that training goes on with.
+        model = copy.deepcopy(self.model)
         model.load_state_dict(weights)
-        return model.to(self.options.device).eval()
+        return model.eval()
 
     @torch.no_grad()
     def validate(self, split: str = "validation", stride: int = 8, warm: bool = True) -> dict[str, float]:

@@ -1,0 +1,74 @@
+"""`stepstream replay PATH --to DEST`: publishes a recording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepstream.pipeline.cli.common import (
+    DebugOption,
+    FormatOption,
+    JsonOption,
+    WrongUse,
+    console,
+    emit_json,
+    number,
+    use_current_folder,
+    verb,
+)
+from stepstream.pipeline.cli.progress import record_progress
+
+__all__ = ["replay"]
+
+EXAMPLES = """\b
+Examples:
+  stepstream replay metr_la.npz --to readings/          writes readings/readings.jsonl
+  stepstream replay metr_la.npz --to - --rate 20 | head
+  stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1
+"""
+
+
+@verb
+def replay(
+    path: Annotated[Path, typer.Argument(help="A recording.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", metavar="DEST", help="A folder, - for stdout, or kafka:TOPIC.", show_default=False)
+    ],
+    rate: Annotated[
+        str, typer.Option("--rate", help="max, or how many times faster than it was recorded: 1, 20, ...")
+    ] = "max",
+    form: FormatOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Publishes a recording as live readings: into a folder, to stdout as JSON lines, or to a Kafka topic."""
+    use_current_folder()
+    speed = _speed(rate)
+    if to == "-" and as_json:
+        raise WrongUse("--json: the readings themselves go to stdout with --to -")
+    from stepstream.pipeline.publish import publish
+    from stepstream.pipeline.signals import stop_on_signals
+
+    with stop_on_signals() as stop, record_progress(f"replay {path.name}") as update:
+        summary = publish(path, to, speed, form, stop, update)
+    if as_json:
+        emit_json(summary)
+    else:
+        said = "stopped after" if summary["stopped"] else "published"
+        console(stderr=True).print(
+            f"{said} {number(summary['records'])} records in {summary['seconds']:.1f} s to {summary['to']}"
+        )
+
+
+def _speed(rate: str) -> float | None:
+    if rate == "max":
+        return None
+    try:
+        speed = float(rate)
+    except ValueError:
+        speed = -1.0
+    if not 0 < speed < float("inf"):
+        raise WrongUse(f"--rate {rate}: expected max or a number above 0, such as 20")
+    return speed

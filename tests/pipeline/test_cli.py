@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stepstream.pipeline.cli import app
+
+MAIN = [sys.executable, "-c", "from stepstream.pipeline.cli import main; main()"]
+VERBS = ["demo", "run", "describe", "inspect", "replay", "train", "evaluate", "models"]
+TOY = """\
+name: toy
+source: {"my_parts:Count": {n: 5}}
+operators:
+  - my_parts:Scale: {by: 3}
+sink: {files: {path: out}}
+"""
+
+
+@pytest.fixture
+def here(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with the user's module and a pipeline file in it."""
+    (tmp_path / "my_parts.py").write_text((parts / "my_parts.py").read_text())
+    (tmp_path / "toy.yaml").write_text(TOY)
+    rows = [
+        f"2024-01-01T00:{minute:02d}:00,{minute + 20}.5,{'' if minute == 10 else minute + 30}"
+        for minute in range(0, 60, 5)
+    ]
+    (tmp_path / "speeds.csv").write_text("\n".join(["time,a,b", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in the current folder."""
+    environ = {**os.environ, **(env or {})}
+    return subprocess.run([*MAIN, *args], capture_output=True, text=True, env=environ, timeout=300, check=False)
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    code = "import sys; import stepstream.pipeline.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    found = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "typer" in found
+    assert not found & {"torch", "numpy", "pandas", "pydantic", "matplotlib", "pyarrow", "yaml", "prometheus_client"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_examples(verb: str) -> None:
+    result = CliRunner().invoke(app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert f"stepstream {verb} " in result.stdout
+    assert "Examples:" in result.stdout
+
+
+def test_help_names_every_verb() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert all(f"  {verb} " in result.stdout for verb in VERBS)
+    assert CliRunner().invoke(app, ["--version"]).stdout.startswith("stepstream ")
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["frob"], 2, "No such command 'frob'"),
+        (["run"], 2, "Missing argument"),
+        (["run", "toy.yaml", "--sett", "a=b"], 2, "No such option: --sett"),
+        (["run", "none.yaml"], 2, "error: none.yaml: cannot be read: No such file or directory"),
+        (["run", "toy.yaml", "--set", "operators.my_parts:Scale.bye=3"], 2, "no such option; did you mean 'by'?"),
+        (["run", "toy.yaml", "--set", "engine=kafka"], 2, "engine.kafka: an engine that is not installed"),
+        (["run", "toy.yaml", "--set", "sink=stdout", "--json"], 2, "error: --json: this pipeline's sink writes to stdout"),  # noqa: E501
+        (["run", "toy.yaml", "--log", "loud"], 2, "error: --log loud: expected debug, info, warning or error"),
+        (["run", "toy.yaml", "--set", "source.my_parts:Count.n=13"], 1, "error: source.my_parts:Count: 13 readings"),
+        (["run", "toy.yaml", "--set", "operators=['my_parts:Fails']"], 1, "error: operator 'Fails' failed"),
+        (["run", "toy.yaml", "--set", "sink.files.path=toy.yaml/x"], 1, "Not a directory"),
+        (["describe", "toy.yaml", "--out", "x.doc"], 2, "error: --out x.doc: expected a name that ends in .svg or .png"),  # noqa: E501
+        (["describe", "toy.yaml", "--out", "no/x.svg"], 1, "error: no/x.svg: cannot be written: No such file"),
+        (["inspect", "none.npz"], 1, "error: none.npz: No such file or directory"),
+        (["inspect", "toy.yaml"], 1, "error: toy.yaml: its content is of no known format"),
+        (["replay", "speeds.csv", "--to", "kafka:x"], 1, "error: --to kafka:x: Kafka is not part of this installation"),
+        (["replay", "speeds.csv", "--to", "toy.yaml"], 1, "error: --to toy.yaml: a file; expected a folder"),
+        (["replay", "speeds.csv", "--to", "-", "--json"], 2, "error: --json: the readings themselves go to stdout"),
+        (["replay", "speeds.csv", "--to", "x", "--rate", "fast"], 2, "error: --rate fast: expected max or a number"),
+        (["replay", "none.csv", "--to", "x"], 1, "error: none.csv: No such file or directory"),
+        (["demo", "trafic"], 2, "error: demo 'trafic': no such demo; did you mean 'traffic'?"),
+        (["train", "stn", "--data", "speeds.csv", "--out", "w"], 2, "error: no model is called 'stn': did you mean 'sttn'"),  # noqa: E501
+        (["evaluate", "stn", "--data", "speeds.csv"], 2, "error: no model is called 'stn': did you mean 'sttn'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_line_and_an_exit_code(here: Path, args: list[str], code: int, message: str) -> None:
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    if "error: " in result.stderr:
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_debug_shows_the_trace_and_the_line(here: Path) -> None:
+    args = ("run", "toy.yaml", "--set", "operators=['my_parts:Fails']")
+    with_trace, without = call(*args, "--debug"), call(*args)
+    assert with_trace.returncode == without.returncode == 1
+    assert "Traceback" in with_trace.stderr
+    assert "ZeroDivisionError: one divided by none" in with_trace.stderr
+    assert with_trace.stderr.splitlines()[-1] == without.stderr.strip()
+    assert without.stderr.startswith("error: operator 'Fails' failed")
+
+
+def test_run_json_is_one_object_and_all_of_stdout(here: Path) -> None:
+    result = call("run", "toy.yaml", "--json", "--log", "debug")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert (summary["ended"], summary["records_in"], summary["dead_letters"]) == (True, 5, {})
+    assert list(summary["records_out"].values()) == [5]
+    assert summary["out"] == "out"
+    assert len((here / "out" / "readings.jsonl").read_text().splitlines()) == 5
+    again = json.loads(call("run", "toy.yaml", "--json").stdout)
+    assert (again["already_complete"], again["records_in"]) == (True, 5)
+
+
+def test_run_for_a_person_is_a_table(here: Path) -> None:
+    result = CliRunner().invoke(app, ["run", "toy.yaml"])
+    assert result.exit_code == 0
+    assert "toy: done" in result.stdout
+    assert any(line.split() == ["records", "in", "5"] for line in result.stdout.splitlines())
+    assert result.stderr == ""
+
+
+def test_the_environment_and_set_reach_the_run(here: Path) -> None:
+    env = {"STEPSTREAM_SINK": "null", "STEPSTREAM_OPERATORS": "['my_parts:Scale']"}
+    summary = json.loads(call("run", "toy.yaml", "--json", "--set", "source.my_parts:Count.n=8", env=env).stdout)
+    assert (summary["records_in"], summary["out"]) == (8, None)
+    assert not (here / "out").exists()
+
+
+def test_several_problems_are_several_lines(here: Path) -> None:
+    (here / "bad.yaml").write_text(TOY.replace("by: 3", "bye: 3").replace("n: 5", "n: x").replace("name: toy\n", ""))
+    result = call("run", "bad.yaml")
+    lines = result.stderr.splitlines()
+    assert (result.returncode, len(lines)) == (2, 3)
+    assert all(line.startswith("error: bad.yaml") for line in lines)
+
+
+def test_sigterm_stops_gracefully_and_the_next_run_goes_on(here: Path) -> None:
+    settings = [
+        "--set",
+        "source.my_parts:Count.n=300000",
+        "--set",
+        "engine={local: {commit_every: 5000, max_batch: 1000}}",
+    ]
+    process = subprocess.Popen(
+        [*MAIN, "run", "toy.yaml", "--json", *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    commit = here / "out" / ".stepstream" / "commit.json"
+    while not commit.exists() and process.poll() is None:
+        pass
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    summary = json.loads(out)
+    assert summary["stopped"]
+    assert 0 < summary["records_in"] < 300_000
+    rest = json.loads(call("run", "toy.yaml", "--json", *settings).stdout)
+    assert (rest["ended"], rest["records_in"]) == (True, 300_000)
+    assert rest["this_run"]["records_in"] < 300_000
+    values = [json.loads(line)["value"] for line in (here / "out" / "readings.jsonl").read_text().splitlines()]
+    assert values == [3.0 * n for n in range(300_000)]
+
+
+def test_stdout_as_sink_keeps_the_summary_apart(here: Path) -> None:
+    result = call("run", "toy.yaml", "--set", "sink=stdout")
+    assert [json.loads(line)["value"] for line in result.stdout.splitlines()] == [0, 3, 6, 9, 12]
+    assert "toy: done" in result.stderr
+
+
+@pytest.mark.parametrize("args", [["replay", "long.csv", "--to", "-"], ["run", "toy.yaml", "--set", "sink=stdout"]])
+def test_a_reader_that_leaves_is_no_failure(here: Path, args: list[str]) -> None:
+    times = (
+        f"2024-{month:02d}-{day:02d}T{hour:02d}:00:00,1.5,2.5"
+        for month in range(1, 13)
+        for day in range(1, 29)
+        for hour in range(24)
+    )
+    (here / "long.csv").write_text("\n".join(["time,a,b", *times]) + "\n")
+    process = subprocess.Popen(
+        [*MAIN, *args, *(["--set", "source.my_parts:Count.n=100000"] if args[0] == "run" else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"{")
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=300) == 0, err
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+
+
+def test_inspect_a_file_and_a_folder(here: Path) -> None:
+    one = json.loads(call("inspect", "speeds.csv", "--json").stdout)
+    assert (one["modality"], one["format"], one["sensors"], one["frames"]) == ("traffic", "traffic-csv", 2, 12)
+    assert {"start", "end", "step_s", "missing_fraction"} <= one.keys()
+    folder = json.loads(call("inspect", ".", "--json").stdout)
+    assert folder["recordings"] == [one | {"path": "speeds.csv"}]
+    assert {item["path"] for item in folder["skipped"]} == {"my_parts.py", "toy.yaml"}
+    text = CliRunner().invoke(app, ["inspect", "speeds.csv"])
+    assert "traffic-csv" in text.stdout
+
+
+def test_what_replay_writes_the_jsonl_source_reads_back(here: Path) -> None:
+    result = call("replay", "speeds.csv", "--to", "published", "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert (summary["records"], summary["stopped"]) == (23, False)
+    assert summary["to"] == "published/readings.jsonl"
+    base = "name: p\noperators: [align: {every: 5min}]\nsink: {files: {path: OUT}}\nsource: "
+    outputs: list[list[dict[str, Any]]] = []
+    for name, source in [("a", "{replay: {path: speeds.csv}}"), ("b", "{jsonl: {path: published/readings.jsonl}}")]:
+        (here / f"{name}.yaml").write_text(base.replace("OUT", name) + source)
+        ran = call("run", f"{name}.yaml", "--json")
+        assert ran.returncode == 0, ran.stderr
+        lines = (here / name / "sensor_frames.jsonl").read_text().splitlines()
+        outputs.append([{k: v for k, v in json.loads(line).items() if k != "origin"} for line in lines])
+    assert len(outputs[0]) == 12
+    assert outputs[0] == outputs[1]
+
+
+def test_replay_to_stdout_keeps_pace(here: Path) -> None:
+    lines = call("replay", "speeds.csv", "--to", "-", "--rate", "36000").stdout.splitlines()
+    assert json.loads(lines[0]) == {"key": "speeds", "sensor": "a", "time": "2024-01-01T00:00:00Z", "value": 20.5}
+    assert len(lines) == 23
+
+
+def test_describe_draws(here: Path) -> None:
+    result = CliRunner().invoke(app, ["describe", "toy.yaml", "--out", "toy.svg"])
+    assert result.exit_code == 0
+    for expected in ("toy", "source my_parts:Count", "n 5", "Scale", "receptive field 1", "Reading", "sink files"):
+        assert expected in result.stdout
+    assert (here / "toy.svg").read_text().lstrip().startswith("<?xml")
+    description = json.loads(call("describe", "toy.yaml", "--json").stdout)
+    assert [part["type"] for part in description["operators"]] == ["my_parts:Scale"]
+    assert not (here / "out").exists()
+
+
+def test_evaluate_scores_a_baseline(here: Path) -> None:
+    rows = (f"{day:02d}T{hour:02d}:{minute:02d}:00,{40 + (hour * 7 + minute) % 23},{50 + (day * hour) % 11}"
+            for day in range(1, 15) for hour in range(24) for minute in range(0, 60, 5))  # fmt: skip
+    (here / "weeks.csv").write_text("\n".join(["time,a,b", *(f"2024-01-{row}" for row in rows)]) + "\n")
+    result = call("evaluate", "persistence", "--data", "weeks.csv", "--json")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert (summary["model"], summary["task"], summary["split"]) == ("persistence", "traffic", "test")
+    assert summary["metrics"]["mae_60"] > 0
+    assert summary["baselines"].keys() == {"weekly-average", "ridge"}
+    table = call("evaluate", "ridge", "--data", "weeks.csv")
+    assert table.returncode == 0, table.stderr
+    assert "mae 60" in table.stdout
+    assert "weekly-average" in table.stdout
+
+
+def test_models_lists_models_and_baselines() -> None:
+    result = call("models", "--json")
+    found = {entry["name"]: entry for entry in json.loads(result.stdout)["models"]}
+    assert found["sttn"]["kind"] == "model"
+    assert found["persistence"]["kind"] == "baseline"
+    table = CliRunner().invoke(app, ["models"])
+    assert table.exit_code == 0
+    assert "sttn" in table.stdout
