@@ -69,6 +69,12 @@ class Source(ABC):
         cannot be read on.
         """
 
+    def pace_from(self, offsets: Mapping[Partition, int]) -> None:
+        """Records before these offsets were polled in an earlier run: a source that keeps a pace gives them at once.
+
+        Called at most once, after `seek` and before the first `poll`. Does nothing where there is no pace to keep.
+        """
+
     @property
     @abstractmethod
     def ended(self) -> bool:

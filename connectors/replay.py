@@ -180,7 +180,6 @@ class Replay(base.Source):
             self._anchor = None
 
     def pace_from(self, offsets: Mapping[Partition, int]) -> None:
-        """Records before these offsets come at once: what a runtime replays silently need not take its time again."""
         for partition, offset in offsets.items():
             self._check(partition, offset)
             self._paced_from = offset

@@ -39,7 +39,7 @@ class StreamModel(nn.Module, ABC):
 
     @classmethod
     def from_card(cls, card: dict[str, Any]) -> StreamModel:
-        """The model that a card (its JSON form, see `stepstream.models.weights.Card`) describes, parameters not loaded."""
+        """The model that the JSON form of a `stepstream.models.weights.Card` describes, its parameters not loaded."""
         return cls(**card["config"])
 
     @abstractmethod

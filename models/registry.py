@@ -112,7 +112,9 @@ def load_model(name: str, weights: str | Path) -> LoadedModel:
     try:
         model = cls.from_card(found.card.model_dump(mode="json"))
     except (TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{found.folder / 'card.json'} does not describe a {name!r} that can be built: {error}") from None
+        raise WeightsError(
+            f"{found.folder / 'card.json'} does not describe a {name!r} that can be built: {error}"
+        ) from None
     if cls.needs_weights:
         load_into(model, found)
         digest = found.card.weights_sha256

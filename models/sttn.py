@@ -51,7 +51,7 @@ class STTNConfig:
 
 
 class SharedDropout(nn.Module):
-    """Dropout whose mask is shared along the first axis (frames, or batch): as regularising, and random numbers are dear.
+    """Dropout whose mask is shared along the first axis (frames, or batch): random numbers are dear on a CPU.
 
     Gal and Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016.
     """
@@ -61,7 +61,7 @@ class SharedDropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape -> the same shape."""
+        """X of any shape -> the same shape."""
         if not self.training or self.rate == 0:
             return x
         return x * F.dropout(torch.ones(x.shape[1:], dtype=x.dtype, device=x.device), self.rate)
@@ -103,13 +103,15 @@ class SpatialTransformer(nn.Module):
         self.dropout = SharedDropout(config.dropout)
 
     def forward(self, x: Tensor, polynomials: Tensor) -> Tensor:
-        """x [F, N, d] (F frames), polynomials [(K - 1) N, N] -> [F, N, d]."""
+        """X [F, N, d] (F frames), polynomials [(K - 1) N, N] -> [F, N, d]."""
         frames, sensors, d = x.shape
         normed = self.norm(x)
         q, k, v = self.query_key_value(normed).view(frames, sensors, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # Written out: with heads this narrow torch's fused kernel is slower on a CPU, three times in the backward pass.
         scores = torch.matmul(q * (d / self.heads) ** -0.5, k.transpose(-1, -2))
-        attended = torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v).transpose(1, 2).reshape(frames, sensors, d)
+        attended = (
+            torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v).transpose(1, 2).reshape(frames, sensors, d)
+        )
         dynamic = self.feedforward(x + self.dropout(self.out(attended)))
         parts = [normed]
         if polynomials.shape[0]:
@@ -150,7 +152,7 @@ class TemporalTransformer(nn.Module):
         return bias.masked_fill(unseen, -math.inf)
 
     def forward(self, x: Tensor, banded: bool) -> Tensor:
-        """x [B, T, N, d] -> [B, T, N, d]."""
+        """X [B, T, N, d] -> [B, T, N, d]."""
         batch, time, sensors, d = x.shape
         qkv = self.query_key_value(self.norm(x)).view(batch, time, sensors, 3, self.heads, -1)
         q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # 3 x [B, N, heads, T, d / heads]
@@ -159,14 +161,16 @@ class TemporalTransformer(nn.Module):
         for start in range(0, time, chunk):
             stop = min(start + chunk, time)
             first = max(0, start - self.memory + 1) if banded else 0
-            scores = torch.matmul(q[..., start:stop, :], k[..., first:stop, :].transpose(-1, -2)) * (d / self.heads) ** -0.5
+            scores = (
+                torch.matmul(q[..., start:stop, :], k[..., first:stop, :].transpose(-1, -2)) * (d / self.heads) ** -0.5
+            )
             weights = torch.softmax(scores + self._bias(stop - start, stop - first, banded), dim=-1)
             parts.append(torch.matmul(weights.to(v.dtype), v[..., first:stop, :]))
         attended = torch.cat(parts, dim=-2).permute(0, 3, 1, 2, 4).reshape(batch, time, sensors, d)
         return self.feedforward(x + self.dropout(self.out(attended)))
 
     def step(self, x: Tensor, cache: Tree, rows: Tensor, clock: Tensor) -> Tensor:
-        """x [B, N, d] at `clock` int64 [B] (frames before this one) -> [B, N, d]; writes key and value in place.
+        """X [B, N, d] at `clock` int64 [B] (frames before this one) -> [B, N, d]; writes key and value in place.
 
         The order of keys does not matter to one query, so nothing is rolled: frame t is written at t mod M.
         """
@@ -204,7 +208,9 @@ class STTN(StreamModel):
     std: Tensor
     polynomials: Tensor
 
-    def __init__(self, config: STTNConfig, polynomials: Tensor | None = None, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(
+        self, config: STTNConfig, polynomials: Tensor | None = None, mean: float = 0.0, std: float = 1.0
+    ) -> None:
         """`polynomials`: float [K - 1, N, N], T_1 .. T_{K-1} of the scaled Laplacian; required if graph is "given"."""
         super().__init__()
         self.config = config
@@ -246,8 +252,13 @@ class STTN(StreamModel):
             return self.polynomials
         return torch.softmax(F.relu(self.graph_source @ self.graph_target), dim=-1).flatten(0, 1)
 
-    def _embed(self, values: Tensor, observed: Tensor, slot_of_day: Tensor, day_of_week: Tensor) -> tuple[Tensor, Tensor]:
-        """Histories [..., input_frames, N] (normalised, 0 unobserved), newest last -> tokens [..., N, d], last value [..., N]."""
+    def _embed(
+        self, values: Tensor, observed: Tensor, slot_of_day: Tensor, day_of_week: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Histories [..., input_frames, N] (normalised, 0 unobserved), newest last.
+
+        Returns tokens [..., N, d] and the last observed value [..., N].
+        """
         frames = self.config.input_frames
         rank = torch.arange(1, frames + 1, device=values.device, dtype=values.dtype)[:, None] * observed
         newest = rank.amax(dim=-2, keepdim=True)  # frames - age, 0 if never observed in the history
@@ -260,7 +271,7 @@ class STTN(StreamModel):
         return tokens + self.embed_out(F.gelu(tokens, approximate="tanh")), last
 
     def _read_out(self, tokens: Tensor, last: Tensor) -> Tensor:
-        """tokens [..., N, d], last normalised value [..., N] -> [..., H, N] in the network's unit."""
+        """Tokens [..., N, d], last normalised value [..., N] -> [..., H, N] in the network's unit."""
         hidden = F.gelu(self.head(self.head_norm(tokens)), approximate="tanh")
         change = self.head_out(self.dropout(hidden)).transpose(-1, -2)
         return (change.float() + last.unsqueeze(-2)) * self.std + self.mean
@@ -325,4 +336,3 @@ class STTN(StreamModel):
             tokens = temporal.step(tokens, state[f"block{i}"], rows, clock)  # type: ignore[operator]
         state["clock"][rows] = clock + 1
         return self._read_out(tokens, last)
-

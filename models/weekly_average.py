@@ -29,7 +29,7 @@ class WeeklyAverage(StreamModel):
         self.register_buffer("table", torch.zeros(7 * slots_per_day, sensors, dtype=torch.float16))
 
     def fit(self, value: Tensor, observed: Tensor, slot_of_day: Tensor, day_of_week: Tensor) -> None:
-        """Fills the table from frames [T, N]; a slot without an observation takes the sensor's mean, or the mean of all."""
+        """Fills the table from frames [T, N]; a slot never observed takes the sensor's mean, or the mean of all."""
         index = day_of_week * self.slots_per_day + slot_of_day
         sums, counts = (torch.zeros(self.table.shape, dtype=torch.float64) for _ in range(2))
         sums.index_add_(0, index, torch.where(observed, value, 0).double())

@@ -16,7 +16,16 @@ from safetensors.torch import save_file
 
 from stepstream.models.base import StreamModel
 
-__all__ = ["Card", "Weights", "WeightsError", "find_weights", "load_into", "read_card", "save_weights", "shipped_weights"]
+__all__ = [
+    "Card",
+    "Weights",
+    "WeightsError",
+    "find_weights",
+    "load_into",
+    "read_card",
+    "save_weights",
+    "shipped_weights",
+]
 
 MAX_WEIGHTS_BYTES = 1 << 30
 MAX_CARD_BYTES = 16 << 20
@@ -71,7 +80,9 @@ def read_card(folder: Path) -> Card:
             raise WeightsError(f"{path} has {path.stat().st_size} bytes: at most {MAX_CARD_BYTES} were expected")
         return Card.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror}): a folder made by `stepstream train` was expected") from None
+        raise WeightsError(
+            f"{path} cannot be read ({error.strerror}): a folder made by `stepstream train` was expected"
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -99,7 +110,9 @@ def load_into(model: StreamModel, weights: Weights) -> None:
         raise WeightsError(f"{path} cannot be read ({error.strerror})") from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != weights.card.weights_sha256:
-        raise WeightsError(f"{path} has sha256 {digest[:12]}..., but its card says {weights.card.weights_sha256[:12]}...")
+        raise WeightsError(
+            f"{path} has sha256 {digest[:12]}..., but its card says {weights.card.weights_sha256[:12]}..."
+        )
     try:
         tensors = load_tensors(data)
     except SafetensorError as error:
@@ -108,7 +121,9 @@ def load_into(model: StreamModel, weights: Weights) -> None:
     for name in sorted(tensors.keys() | expected.keys()):
         if name not in tensors or name not in expected:
             side = "lacks" if name not in tensors else "has an unexpected"
-            raise WeightsError(f"{path} {side} {name!r}: these are not weights of {weights.card.model} with this configuration")
+            raise WeightsError(
+                f"{path} {side} {name!r}: these are not weights of {weights.card.model} with this configuration"
+            )
         if tensors[name].shape != expected[name].shape:
             shapes = f"{list(tensors[name].shape)}: {list(expected[name].shape)} was expected"
             raise WeightsError(f"{path}: {name!r} has shape {shapes}")

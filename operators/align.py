@@ -13,7 +13,7 @@ from stepstream.connectors.records import Reading, Record, SensorFrame
 from stepstream.operators import base
 from stepstream.operators.base import END_INDEX, Context, Operator, State
 from stepstream.operators.durations import Duration, format_duration, to_ns
-from stepstream.operators.slots import MAX_REPEATS, Batch, Combine, Held, KeyState, Slot, some
+from stepstream.operators.slots import MAX_REPEATS, Batch, Combine, Held, KeyState, Slot, malformed, some
 
 __all__ = ["Align"]
 
@@ -150,7 +150,7 @@ class Align(Operator):
                             continue
             key = record.key
             state = self._states.get(key) or self._open(key)
-            self._take(state, record, _Outlet(record, out), context)
+            self._take(state, record, _Outlet(context, record, out))
             low, high, find = state.low, state.high, state.index.get
             if state.hot is not None:
                 slot = state.hot
@@ -161,25 +161,25 @@ class Align(Operator):
         state = self._states[key] = KeyState(self.options.sensors or ())
         return state
 
-    def _take(self, state: KeyState, record: Record, outlet: _Outlet, context: Context) -> None:
+    def _take(self, state: KeyState, record: Record, outlet: _Outlet) -> None:
         """Any record: judges its time, then its content."""
         time = record.time_ns
         if state.floor is not None and time // self._every < state.floor:
             state.run = 0
-            self._late(record, context)
+            self._late(record, outlet)
         elif state.newest is None or time > state.newest + self._max_ahead:
             state.cool()
-            self._hold(state, record, outlet, context)
+            self._hold(state, record, outlet)
         else:
             state.run = 0
-            self._accept(state, record, outlet, context)
+            self._accept(state, record, outlet)
             self._heat(state, time // self._every)
 
-    def _late(self, record: Record, context: Context) -> None:
+    def _late(self, record: Record, outlet: _Outlet) -> None:
         value = record.value
-        context.count("late", int(np.count_nonzero(value.observed)) if isinstance(value, SensorFrame) else 1)
+        outlet.count("late", int(np.count_nonzero(value.observed)) if isinstance(value, SensorFrame) else 1)
         if self.options.late == "dead-letter":
-            context.dead_letter(record, f"late: the frame for its slot was emitted before {_what(record)} came")
+            outlet.dead_letter(record, f"late: the frame for its slot was emitted before {_what(record)} came")
 
     def _heat(self, state: KeyState, number: int) -> None:
         """Sets for which readings to come the quick way is right: it must not skip any of the checks of `_take`."""
@@ -202,33 +202,33 @@ class Align(Operator):
         state.hot, state.low = slot, number * self._every
         state.high = min(state.low + self._every, state.until)
 
-    def _accept(self, state: KeyState, record: Record, outlet: _Outlet, context: Context) -> None:
+    def _accept(self, state: KeyState, record: Record, outlet: _Outlet) -> None:
         """A record whose time is believed: into its slot; what is due goes out."""
-        if not self._insert(state, record, context):
+        if not self._insert(state, record, outlet):
             return
         assert state.newest is not None
         if record.time_ns > state.newest:
-            self._advance(state, record.time_ns, context)
-        self._drain(state, outlet, context)
+            self._advance(state, record.time_ns, outlet)
+        self._drain(state, outlet)
 
-    def _advance(self, state: KeyState, time: int, context: Context) -> None:
+    def _advance(self, state: KeyState, time: int, outlet: _Outlet) -> None:
         """The believed time moves on; held records that it reaches are used before any slot closes over them."""
         for held in sorted((h for h in state.held if h.record.time_ns <= time), key=lambda h: h.record.time_ns):
             state.held.remove(held)
             if state.floor is not None and held.record.time_ns // self._every < state.floor:
-                self._late(held.record, context)
+                self._late(held.record, outlet)
             else:
-                self._insert(state, held.record, context)
+                self._insert(state, held.record, outlet)
         state.newest = time
 
-    def _insert(self, state: KeyState, record: Record, context: Context) -> bool:
+    def _insert(self, state: KeyState, record: Record, outlet: _Outlet) -> bool:
         """Writes a record into its slot; False if there is nothing in it that may be used."""
         if isinstance(record.value, SensorFrame):
-            return self._insert_frame(state, record, record.value, context)
+            return self._insert_frame(state, record, record.value, outlet)
         reading: Any = record.value
         reason = self._fault(state, reading)
         if reason is not None:
-            context.dead_letter(record, reason)
+            outlet.dead_letter(record, reason)
             return False
         column = state.index.get(reading.sensor)
         if column is None:
@@ -236,18 +236,18 @@ class Align(Operator):
         slot = self._slot(state, record.time_ns)
         slot.widen(len(state.names))
         if slot.has(column, record.time_ns):
-            context.count("duplicate")
+            outlet.count("duplicate")
         elif slot.times[column] is not None and not slot.room():
-            context.dead_letter(record, f"{_what(record)} is one of too many readings in one slot")
+            outlet.dead_letter(record, f"{_what(record)} is one of too many readings in one slot")
         else:
             slot.add(column, record.time_ns, float(reading.value))
         return True
 
-    def _insert_frame(self, state: KeyState, record: Record, frame: SensorFrame, context: Context) -> bool:
-        fault = _malformed(frame)
+    def _insert_frame(self, state: KeyState, record: Record, frame: SensorFrame, outlet: _Outlet) -> bool:
+        fault = malformed(frame)
         columns = None if fault else state.columns(frame.sensors, self._capacity)
         if columns is None:
-            context.dead_letter(record, fault or "the frame names a sensor twice")
+            outlet.dead_letter(record, fault or "the frame names a sensor twice")
             return False
         usable, reason = self._usable(frame)
         unknown = usable & (columns < 0)
@@ -262,9 +262,9 @@ class Align(Operator):
             batch = Batch(record.time_ns, columns[usable], frame.values[usable].astype(np.float32))
             duplicates = slot.add_batch(batch, len(state.names))
             if duplicates:
-                context.count("duplicate", duplicates)
+                outlet.count("duplicate", duplicates)
         if reason:
-            context.dead_letter(record, reason)
+            outlet.dead_letter(record, reason)
         return True
 
     def _slot(self, state: KeyState, time: int) -> Slot:
@@ -299,20 +299,20 @@ class Align(Operator):
             return f"not one of the {self._capacity:,} sensors in `sensors`"
         return f"a new sensor, but max_sensors is {self._capacity:,}"
 
-    def _hold(self, state: KeyState, record: Record, outlet: _Outlet, context: Context) -> None:
+    def _hold(self, state: KeyState, record: Record, outlet: _Outlet) -> None:
         """A record from further ahead than is believed of one alone."""
         value: Any = record.value
         if not -_TIME_LIMIT < record.time_ns < _TIME_LIMIT:
-            context.dead_letter(record, f"its event time {record.time_ns} ns is not within 146 years of 1970")
+            outlet.dead_letter(record, f"its event time {record.time_ns} ns is not within 146 years of 1970")
             return
         if isinstance(value, SensorFrame):
-            reason = _malformed(value)
+            reason = malformed(value)
             sensors = frozenset() if reason else frozenset(np.array(value.sensors)[self._usable(value)[0]].tolist())
         else:
             reason = self._fault(state, value)
             sensors = frozenset((value.sensor,))
         if reason is not None:
-            context.dead_letter(record, reason)
+            outlet.dead_letter(record, reason)
             return
         new = Held(record, sensors)
         time = record.time_ns
@@ -321,14 +321,14 @@ class Align(Operator):
         state.held.append(new)
         state.run += 1
         if agreed:
-            self._believe(state, min(time, *agreed), outlet, context)
+            self._believe(state, min(time, *agreed), outlet)
             return
         alone = [h.record.time_ns for h in state.held[-state.run :] if h.sensors == sensors and len(sensors) == 1]
         span = max(alone, default=0) - min(alone, default=0)
         if len(alone) == state.run >= ALONE and self._max_ahead < span <= self._max_gap:
-            self._believe(state, min(alone), outlet, context)
+            self._believe(state, min(alone), outlet)
         elif len(state.held) > MAX_HELD:
-            self._disbelieve(state.held.pop(0), context)
+            self._disbelieve(state.held.pop(0), outlet)
 
     def _agree(self, state: KeyState, one: Held, other: Held) -> bool:
         if one.sensors != other.sensors:
@@ -336,31 +336,31 @@ class Align(Operator):
         single = len(one.sensors) == 1 and not (len(state.names) <= 1 and one.sensors.issuperset(state.names))
         return one.record.time_ns != other.record.time_ns and not single
 
-    def _disbelieve(self, held: Held, context: Context) -> None:
+    def _disbelieve(self, held: Held, outlet: _Outlet) -> None:
         limit = format_duration(timedelta(microseconds=self._max_ahead / 1000))
         reason = (
             f"{_what(held.record)} is more than {limit} ahead of all others (max_ahead), and no other sensor agreed"
         )
-        context.dead_letter(held.record, reason)
+        outlet.dead_letter(held.record, reason)
 
-    def _believe(self, state: KeyState, time: int, outlet: _Outlet, context: Context) -> None:
+    def _believe(self, state: KeyState, time: int, outlet: _Outlet) -> None:
         """The time of held records is right after all: uses every one that is no longer too far ahead."""
         state.run = 0
         if state.newest is None:
             state.newest = time
             state.floor = (time - self._lateness) // self._every
-        self._advance(state, time, context)
-        self._drain(state, outlet, context)
+        self._advance(state, time, outlet)
+        self._drain(state, outlet)
         while ready := [h for h in state.held if h.record.time_ns <= state.newest + self._max_ahead]:
             first = min(ready, key=lambda h: h.record.time_ns)
             state.held.remove(first)
             # In event-time order nothing is late, except for a slot that went out early because it was complete.
             if state.floor is not None and first.record.time_ns // self._every < state.floor:
-                self._late(first.record, context)
+                self._late(first.record, outlet)
             else:
-                self._accept(state, first.record, outlet, context)
+                self._accept(state, first.record, outlet)
 
-    def _drain(self, state: KeyState, outlet: _Outlet, context: Context, closed: int | None = None) -> None:
+    def _drain(self, state: KeyState, outlet: _Outlet, closed: int | None = None) -> None:
         """Emits what is due, oldest first. Slots below `closed` take no more readings."""
         if closed is None:
             assert state.newest is not None
@@ -370,7 +370,7 @@ class Align(Operator):
             if following is not None and following in state.open:
                 if following >= closed and state.open[following].left != 0:
                     break
-                self._emit(state, following, outlet, context)
+                self._emit(state, following, outlet)
                 continue
             if not state.open or (following is not None and following >= closed):
                 break
@@ -379,10 +379,10 @@ class Align(Operator):
                 # Until no earlier slot can get a reading, nothing is known to be the first.
                 if first > closed or (first == closed and state.open[first].left != 0):
                     break
-                self._emit(state, first, outlet, context)
+                self._emit(state, first, outlet)
             elif state.last is None or first - state.last <= self._gap_slots:
                 for number in range(following, min(first, closed)):
-                    self._emit(state, number, outlet, context)
+                    self._emit(state, number, outlet)
             elif first <= closed or closed - state.last > self._gap_slots:
                 state.next = None
             else:
@@ -390,7 +390,7 @@ class Align(Operator):
                 break
         state.floor = closed if state.next is None else max(closed, state.next)
 
-    def _emit(self, state: KeyState, number: int, outlet: _Outlet, context: Context) -> None:
+    def _emit(self, state: KeyState, number: int, outlet: _Outlet) -> None:
         sensors = state.shared_sensors()
         slot = state.open.pop(number, None)
         if slot is None:
@@ -403,11 +403,11 @@ class Align(Operator):
         frame = SensorFrame(sensors, values, observed, state.next is None)
         state.next = number + 1
         missing = len(sensors) - int(np.count_nonzero(observed))
-        context.count("frames")
+        outlet.count("frames")
         if missing:
-            context.count("missing", missing)
+            outlet.count("missing", missing)
         if missing == len(sensors):
-            context.count("empty_frames")
+            outlet.count("empty_frames")
         outlet.put(frame, number * self._every)
 
     def on_end(self, last: Record, context: Context) -> list[Record]:
@@ -416,16 +416,16 @@ class Align(Operator):
         state = self._states.get(last.key)
         if state is None:
             return out
-        outlet = _Outlet(last, out, END_INDEX)
+        outlet = _Outlet(context, last, out, END_INDEX)
         state.cool()
         state.run = 0
         if state.newest is None and state.held:
-            self._believe(state, state.held[0].record.time_ns, outlet, context)
+            self._believe(state, state.held[0].record.time_ns, outlet)
         for held in state.held:
-            self._disbelieve(held, context)
+            self._disbelieve(held, outlet)
         state.held.clear()
         if state.open:
-            self._drain(state, outlet, context, max(state.open) + 1)
+            self._drain(state, outlet, max(state.open) + 1)
         return out
 
     def keys(self) -> Iterable[str]:
@@ -468,28 +468,23 @@ class Align(Operator):
 
 
 class _Outlet:
-    """Where the frames that one record makes due go, numbered from `start`."""
+    """Where all goes that one record, the `cause`, leads to: frames, numbered from `start`, counts and dead letters."""
 
-    __slots__ = ("cause", "index", "out")
+    __slots__ = ("cause", "context", "count", "index", "out")
 
-    def __init__(self, cause: Record, out: list[Record], start: int = 0) -> None:
+    def __init__(self, context: Context, cause: Record, out: list[Record], start: int = 0) -> None:
+        self.context = context
+        self.count = context.count
         self.cause = cause
         self.out = out
         self.index = start
 
+    def dead_letter(self, record: Record, reason: str) -> None:
+        self.context.dead_letter(record, reason, self.cause)
+
     def put(self, frame: SensorFrame, time: int) -> None:
         self.out.append(self.cause.derive(self.index, frame, time))
         self.index += 1
-
-
-def _malformed(frame: SensorFrame) -> str | None:
-    shape = (len(frame.sensors),)
-    if frame.values.shape == shape and frame.observed.shape == shape:
-        return None
-    return (
-        f"a frame of {shape[0]} sensors needs as many values and observed flags, "
-        f"not arrays of shape {frame.values.shape} and {frame.observed.shape}"
-    )
 
 
 def _what(record: Record) -> str:

@@ -33,8 +33,13 @@ class Context(Protocol):
     def count(self, what: str, amount: int = 1) -> None:
         """Adds to the counter `what` of this operator ("late", "duplicate", ...). Not counted while replaying."""
 
-    def dead_letter(self, record: Record, reason: str) -> None:
-        """Hands a record that cannot be used to the dead-letter sink, and counts it. Not while replaying."""
+    def dead_letter(self, record: Record, reason: str, cause: Record | None = None) -> None:
+        """Hands a record that cannot be used to the dead-letter sink, and counts it. Not while replaying.
+
+        `cause`: the record in hand that made the operator give up `record`, where that is one it had held back: the
+        letter's place in the order is the cause's. Without it, the place of a record that came in an earlier call
+        depends on how the stream is cut into calls.
+        """
 
 
 class Operator(ABC):

@@ -103,7 +103,9 @@ class Forecaster(Infer):
         if new:
             self.memory[record.key]["unknown"] = reported + new
             names = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
-            context.dead_letter(record, f"sensor {names}: not among the {len(self._index)} sensors of {self.options.weights}")
+            context.dead_letter(
+                record, f"sensor {names}: not among the {len(self._index)} sensors of {self.options.weights}"
+            )
 
     def encode(self, records: Sequence[Record], context: Context) -> Tree:
         """Values, masks and the calendar of one frame for each record."""

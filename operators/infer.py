@@ -131,7 +131,9 @@ class Infer(Operator):
         self.memory: dict[str, dict[str, Any]] = {}
         self.on_step: Callable[[int, float], None] | None = None
         """Told of each model step, encoding and the copy back included: how many streams, how many seconds."""
-        self._step = torch.compile(self.model.step, fullgraph=True, dynamic=True) if options.compile else self.model.step
+        self._step = (
+            torch.compile(self.model.step, fullgraph=True, dynamic=True) if options.compile else self.model.step
+        )
 
     @abstractmethod
     def starts_afresh(self, record: Record) -> bool:
@@ -191,7 +193,9 @@ class Infer(Operator):
 
     def snapshot(self, key: str) -> State:
         """The model's state and the operator's memory of one key."""
-        memory = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in self.memory[key].items()}
+        memory = {
+            name: value.copy() if isinstance(value, np.ndarray) else value for name, value in self.memory[key].items()
+        }
         return {"model": self.rows.read(key), "memory": memory}
 
     def restore(self, key: str, state: State) -> None:
@@ -199,7 +203,9 @@ class Infer(Operator):
         if set(state) != {"model", "memory"} or set(state["memory"]) != set(self.fresh_memory()):
             raise ValueError(f"the saved state of {key!r} is not one of this operator")
         self.rows.write(key, state["model"])
-        self.memory[key] = {name: np.array(v) if isinstance(v, np.ndarray) else v for name, v in state["memory"].items()}
+        self.memory[key] = {
+            name: np.array(v) if isinstance(v, np.ndarray) else v for name, v in state["memory"].items()
+        }
 
     def drop(self, key: str) -> None:
         """Frees the row of a key."""

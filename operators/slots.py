@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stepstream.connectors.records import Origin, Reading, Record, SensorFrame
 from stepstream.operators.base import State
 
-__all__ = ["MAX_REPEATS", "Batch", "Combine", "Held", "KeyState", "Slot", "some"]
+__all__ = ["MAX_REPEATS", "Batch", "Combine", "Held", "KeyState", "Slot", "malformed", "some"]
 
 Combine: TypeAlias = Literal["last", "mean", "first"]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -308,3 +308,14 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     """The first few of many names, for a message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def malformed(frame: SensorFrame) -> str | None:
+    """What is wrong with the shapes of a frame's arrays, for a message; None if they fit."""
+    shape = (len(frame.sensors),)
+    if frame.values.shape == shape and frame.observed.shape == shape:
+        return None
+    return (
+        f"a frame of {shape[0]} sensors needs as many values and observed flags, "
+        f"not arrays of shape {frame.values.shape} and {frame.observed.shape}"
+    )

@@ -189,9 +189,7 @@ class _Run:
                 self.offsets = from_rows(held.offsets)
                 break
         self._seek()
-        if pace_from := getattr(self.source, "pace_from", None):
-            # A source that plays at the speed of its recording need not take its time for what is done already.
-            pace_from(self.committed)
+        self.source.pace_from(self.committed)
         committed = sum(self.committed.values())
         _LOG.info("going on", extra={"committed": committed, "to_replay": committed - sum(self.offsets.values())})
         self.task.replaying = True

@@ -17,7 +17,7 @@ Progress = Callable[[Mapping[str, Any]], None]
 
 
 def resolve_device(device: str) -> str:
-    """"auto" is CUDA where there is one. Raises InputError for a device that is not there."""
+    """The device to use; "auto" is CUDA where there is one. Raises InputError for a device that is not there."""
     import torch
 
     if device == "auto":

@@ -30,7 +30,7 @@ from stepstream.pipeline.training.traffic_metrics import (
     evaluate_warm,
     published_horizons,
 )
-from stepstream.pipeline.training.traffic_train import TrainOptions, Trainer
+from stepstream.pipeline.training.traffic_train import Trainer, TrainOptions
 
 __all__ = ["evaluate", "train"]
 
@@ -54,7 +54,11 @@ def train(
     on_progress: Progress | None,
     stop: Event,
 ) -> dict[str, Any]:
-    """See `stepstream.pipeline.training.train`; `options` are fields of `TrainOptions` and `STTNConfig`, and `graph_file`."""
+    """See `stepstream.pipeline.training.train`.
+
+    `options` are fields of `TrainOptions` and `STTNConfig`, `graph_file` (a graph that goes with the recording) and
+    `start_from` (weights to begin with, shipped or a folder).
+    """
     graph = options.pop("graph_file", None)
     recording = read(data, Path(graph) if graph else None)
     if model == "weekly-average":

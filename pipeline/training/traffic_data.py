@@ -56,7 +56,9 @@ class TrafficTensors:
         windows = frames - WINDOW - horizons + 1
         test, train = round(windows * 0.2), round(windows * 0.7)
         if windows < 10 or min(test, train, windows - test - train) < 1:
-            raise InputError(f"{recording.name}: {frames} frames are too few to train and test on: 34 or more were expected")
+            raise InputError(
+                f"{recording.name}: {frames} frames are too few to train and test on: 34 or more were expected"
+            )
         first = WINDOW - 1
         splits = {
             "train": Split("train", first, first + train),

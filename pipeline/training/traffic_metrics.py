@@ -57,7 +57,9 @@ class HorizonErrors:
         return result
 
 
-def evaluate_cold(data: TrafficTensors, split: str, forward: Forward, window: int, horizons: int, stride: int = 1, batch: int = 16) -> HorizonErrors:
+def evaluate_cold(
+    data: TrafficTensors, split: str, forward: Forward, window: int, horizons: int, stride: int = 1, batch: int = 16
+) -> HorizonErrors:
     """The published protocol: state reset, `window` frames in, the forecast of the last position scored."""
     part, errors = data.splits[split], HorizonErrors(horizons)
     ends = torch.from_numpy(data.unbroken(part.first, part.last, window - 1, horizons)[::stride])
@@ -67,8 +69,10 @@ def evaluate_cold(data: TrafficTensors, split: str, forward: Forward, window: in
     return errors
 
 
-def evaluate_warm(data: TrafficTensors, split: str, forward: Forward, receptive_field: int, horizons: int, chunk: int = 96) -> HorizonErrors:
-    """What a live system has: state from the stream. Every position has seen its whole receptive field (or all there is)."""
+def evaluate_warm(
+    data: TrafficTensors, split: str, forward: Forward, receptive_field: int, horizons: int, chunk: int = 96
+) -> HorizonErrors:
+    """What a live system has: the state from the stream, its whole receptive field (or all there is)."""
     part, errors = data.splits[split], HorizonErrors(horizons)
     ends = data.unbroken(part.first, part.last, 0, horizons)
     for start in range(0, len(ends), chunk):

@@ -93,7 +93,9 @@ class Trainer:
     weights with the best validation error so far).
     """
 
-    def __init__(self, recording: TrafficRecording, out: Path, options: TrainOptions, initial: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, recording: TrafficRecording, out: Path, options: TrainOptions, initial: dict[str, Tensor] | None = None
+    ) -> None:
         torch.manual_seed(options.seed)
         self.options, self.out, self.step_s = options, out, recording.step_s
         self.data = TrafficTensors.of(recording, options.model.get("horizons", WINDOW))
@@ -111,7 +113,7 @@ class Trainer:
             self._load()
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        """Muon (Jordan 2024) for the matrices between hidden layers, AdamW for embeddings, norms, biases and the ends."""
+        """Muon (Jordan 2024) for the matrices between hidden layers, AdamW for everything else."""
         o = self.options
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
@@ -125,10 +127,15 @@ class Trainer:
                 (rest if parameter.dim() > 1 else plain).append(parameter)
         if o.optimizer == "muon":
             # match_rms_adamw scales the update so that AdamW's learning rate and decay carry over (Liu et al. 2025).
-            yield torch.optim.Muon(matrices, lr=o.learning_rate, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw")
+            yield torch.optim.Muon(
+                matrices, lr=o.learning_rate, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
             groups = [{"params": rest + plain, "weight_decay": 0.0}]
         else:
-            groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": rest + plain, "weight_decay": 0.0}]
+            groups = [
+                {"params": matrices, "weight_decay": o.weight_decay},
+                {"params": rest + plain, "weight_decay": 0.0},
+            ]
         yield torch.optim.AdamW(groups, lr=o.learning_rate, betas=(0.9, 0.98))
 
     @property
@@ -139,7 +146,9 @@ class Trainer:
 
     def _rate(self) -> float:
         o, p = self.options, self.progress
-        return o.learning_rate * (p / o.warmup if p < o.warmup else 0.5 * (1 + math.cos(math.pi * (p - o.warmup) / (1 - o.warmup))))
+        return o.learning_rate * (
+            p / o.warmup if p < o.warmup else 0.5 * (1 + math.cos(math.pi * (p - o.warmup) / (1 - o.warmup)))
+        )
 
     def _segment(self) -> Tensor:
         """Frame indices [B, T] of one training batch."""
@@ -162,7 +171,9 @@ class Trainer:
         device, o = self.options.device, self.options
         x = {name: part.to(device) for name, part in self.data.frames(index).items()}
         if o.hide:
-            x["observed"] = x["observed"] & (torch.rand(index.shape[0], 1, x["value"].shape[-1], device=device) >= o.hide)
+            x["observed"] = x["observed"] & (
+                torch.rand(index.shape[0], 1, x["value"].shape[-1], device=device) >= o.hide
+            )
         if o.form == "bidirectional":
             forecast, index = self.model(x)[:, -1:], index[:, -1:]
         else:

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from stepstream.pipeline.pipeline import Pipeline
-
 from tests.bench.common import report
 from tests.support import DATA
+
+from stepstream.pipeline.pipeline import Pipeline
 
 
 def resident_mb() -> float:

@@ -16,13 +16,13 @@ from statistics import median
 
 import numpy as np
 import torch
+from tests.bench.common import report
+from tests.support import RecordingContext
+
 from stepstream.connectors.records import Origin, Record, SensorFrame
 from stepstream.models.sttn import STTN, STTNConfig
 from stepstream.models.weights import Card, save_weights
 from stepstream.operators.forecast import Forecaster, ForecastOptions
-
-from tests.bench.common import report
-from tests.support import RecordingContext
 
 STEP_NS = 300 * 1_000_000_000
 
@@ -55,7 +55,9 @@ def small_weights(folder: Path) -> Path:
     config = STTNConfig(25, width=32)
     model = STTN(config, torch.randn(2, 25, 25) * 0.1, mean=50, std=10)
     sensors = tuple(str(i) for i in range(25))
-    save_weights(model, folder, Card(model="sttn", task="traffic", config=vars(config).copy(), sensors=sensors, step_s=300))
+    save_weights(
+        model, folder, Card(model="sttn", task="traffic", config=vars(config).copy(), sensors=sensors, step_s=300)
+    )
     return folder
 
 

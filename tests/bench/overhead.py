@@ -18,6 +18,8 @@ import numpy as np
 from bytewax.dataflow import Dataflow
 from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from bytewax.testing import TestingSource, run_main
+from tests.bench.common import cpu_seconds, report
+
 from stepstream.connectors import base
 from stepstream.connectors.base import Partition
 from stepstream.connectors.null import Null as NullSink
@@ -28,8 +30,6 @@ from stepstream.operators.null import Null
 from stepstream.pipeline.engines.local import LocalEngine
 from stepstream.pipeline.metrics import Metrics
 from stepstream.pipeline.task import Task
-
-from tests.bench.common import cpu_seconds, report
 
 SLOT_NS = 300 * 1_000_000_000
 BATCH = 1000
@@ -134,7 +134,9 @@ def run_bytewax(records: Sequence[Record], aligned: bool) -> None:
     if aligned:
         keyed = op.key_on("key", stream, lambda record: record.key)
         stream = op.stateful_flat_map("align", keyed, align)
-    stream = op.map("null", stream, (lambda frame: frame) if aligned else (lambda record: record.derive(0, record.value)))
+    stream = op.map(
+        "null", stream, (lambda frame: frame) if aligned else (lambda record: record.derive(0, record.value))
+    )
     op.output("sink", stream, Nowhere())
     run_main(flow)
 

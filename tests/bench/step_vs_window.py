@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from tests.bench.common import cpu_seconds, report
+
 from stepstream.models.registry import load_model
 from stepstream.models.sttn import STTN
-
-from tests.bench.common import cpu_seconds, report
 
 
 def main() -> None:

@@ -82,7 +82,9 @@ def test_step_equals_window_at_the_published_size_with_the_shipped_weights() -> 
     heads=st.sampled_from([1, 2, 4]),
     graph=st.sampled_from(["given", "learned"]),
 )
-def test_step_equals_window_for_any_sizes(blocks: int, memory: int, input_frames: int, order: int, heads: int, graph: str) -> None:
+def test_step_equals_window_for_any_sizes(
+    blocks: int, memory: int, input_frames: int, order: int, heads: int, graph: str
+) -> None:
     config = STTNConfig(
         3,
         horizons=2,

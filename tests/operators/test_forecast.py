@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.support import SECOND, RecordingContext, frame
+
 from stepstream.connectors.records import Forecast, Record
 from stepstream.models.registry import load_model
 from stepstream.models.sttn import STTN, STTNConfig
 from stepstream.models.weights import Card, save_weights
 from stepstream.operators.forecast import Forecaster, ForecastOptions
-
-from tests.support import SECOND, RecordingContext, frame
 
 SENSORS = ("a", "b", "c")
 STEP_S = 3600
@@ -184,7 +184,11 @@ def test_persistence_takes_its_sensors_from_any_card(weights: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"horizons": 9}, "horizons is 9"), ({"timezone": "Mars/Olympus"}, "Mars/Olympus"), ({"model": "weekly-average"}, "holds weights of 'sttn'")],
+    [
+        ({"horizons": 9}, "horizons is 9"),
+        ({"timezone": "Mars/Olympus"}, "Mars/Olympus"),
+        ({"model": "weekly-average"}, "holds weights of 'sttn'"),
+    ],
 )
 def test_wrong_options_are_named(weights: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from stepstream.connectors.replay import open_dataset
 from stepstream.connectors.traffic import TrafficRecording
 from stepstream.models.registry import load_model
 from stepstream.pipeline.cli import app
-from stepstream.pipeline.demo import HORIZONS_MIN, MODELS, StepTimes, demo_pipeline
+from stepstream.pipeline.demo import HORIZONS_MIN, INTERVAL, MODELS, StepTimes, demo_pipeline
 from stepstream.pipeline.pipeline import Pipeline
 from stepstream.pipeline.report import hero_picture
 from stepstream.pipeline.report_data import DemoRun, load_run, nan_mean
@@ -268,6 +268,7 @@ def test_the_pipeline_is_the_file_in_the_package(tmp_path: Path) -> None:
     assert demo.pop("sink") == {"files": {"path": str(tmp_path)}}
     del file["sink"]
     assert demo == file
+    assert [stage["score"]["coverage"] for stage in file["operators"] if "score" in stage] == [INTERVAL]
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60), st.integers(1, 30))

@@ -8,6 +8,8 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from tests.support import DATA
+
 from stepstream.connectors.base import InputError
 from stepstream.connectors.recording import open_recording
 from stepstream.models.registry import load_model
@@ -16,8 +18,6 @@ from stepstream.pipeline.training import evaluate, train
 from stepstream.pipeline.training.traffic_baselines import persistence_errors, ridge_errors, weekly_average_errors
 from stepstream.pipeline.training.traffic_data import TrafficTensors
 from stepstream.pipeline.training.traffic_metrics import HorizonErrors, evaluate_cold, evaluate_warm
-
-from tests.support import DATA
 
 HOURS = 24 * 40
 TINY = {"width": 8, "blocks": 1, "memory": 4, "input_frames": 3, "segments": [[2, 16]], "validate_every_s": 1e9}

@@ -1,0 +1,92 @@
+"""A day of a small network, random weights for it, and the pipeline of the main job over them."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stepstream.models.sttn import STTN, STTNConfig
+from stepstream.models.weights import Card, save_weights
+
+SENSORS = ("n1", "n2", "n3", "s1", "s2")
+STEP_S = 600
+FRAMES = 144
+START = datetime(2024, 5, 6)
+PIPELINE = """\
+name: small
+source: {replay: {path: day.npz, speed: max}}
+operators:
+  - align: {every: 10min}
+  - forecast: {model: sttn, weights: weights}
+  - forecast: {model: persistence, weights: weights}
+  - score: {horizons: [1, 3], every: 1h, window: 6h}
+sink: {files: {path: out}}
+engine: {local: {commit_every: 40, max_batch: 50, snapshot_every_s: 0}}
+"""
+
+
+def speeds(frames: int = FRAMES) -> npt.NDArray[np.float32]:
+    """Values [frames, 5] in steps of 1/8, NaN where missing; nothing at all for 10 frames from frame 60 on."""
+    random = np.random.default_rng(7)
+    hour = np.arange(frames)[:, None] * STEP_S / 3600
+    values = 50 + 12 * np.sin(hour / 24 * 2 * np.pi + np.arange(len(SENSORS))) + random.normal(0, 3, (frames, 5))
+    values[random.random(values.shape) < 0.05] = np.nan
+    values[60:70] = np.nan
+    return (np.round(values * 8) / 8).astype(np.float32)
+
+
+def times(frames: int = FRAMES) -> list[datetime]:
+    return [START + timedelta(seconds=STEP_S * i) for i in range(frames)]
+
+
+def nanoseconds(moments: list[datetime]) -> npt.NDArray[np.int64]:
+    return np.array(moments, dtype="datetime64[ns]").astype(np.int64)
+
+
+def write_npz(path: Path, **arrays: Any) -> Path:
+    """The day as npz; `arrays` are added, or left out where None."""
+    fields = {"values": speeds(), "sensors": np.array(SENSORS), "times_ns": nanoseconds(times()), **arrays}
+    np.savez(path, **{name: array for name, array in fields.items() if array is not None})
+    return path
+
+
+def csv_rows(frames: int = FRAMES) -> list[str]:
+    """The day as lines of csv, the header first."""
+    rows = [",".join(["time", *SENSORS])]
+    for moment, values in zip(times(frames), speeds(frames), strict=True):
+        rows.append(",".join([moment.isoformat(), *("" if np.isnan(v) else str(v) for v in values)]))
+    return rows
+
+
+def write_weights(folder: Path, sensors: tuple[str, ...] = SENSORS) -> Path:
+    """An STTN with random weights."""
+    torch.manual_seed(0)
+    count = len(sensors)
+    config = STTNConfig(
+        count, horizons=3, blocks=2, width=8, heads=2, memory=4, input_frames=3, slots_per_day=86_400 // STEP_S
+    )
+    model = STTN(config, torch.randn(2, count, count) * 0.3, mean=50, std=10)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    card = Card(model="sttn", task="traffic", config=vars(config).copy(), sensors=sensors, step_s=STEP_S, mean=50.0)
+    save_weights(model, folder, card)
+    return folder
+
+
+def write_all(folder: Path) -> Path:
+    """day.npz, weights/ and small.yaml in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_npz(folder / "day.npz")
+    write_weights(folder / "weights")
+    (folder / "small.yaml").write_text(PIPELINE)
+    return folder
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """All files that a user sees in an output folder: names and bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
