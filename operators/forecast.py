@@ -131,6 +131,8 @@ class Forecaster(Infer):
             memory["time_ns"] = record.time_ns
             memory["age_s"] = np.where(observed[i], np.float32(0), memory["age_s"] + np.float32(self.card.step_s))
             memory["unseen"] = 0 if observed[i].any() else memory["unseen"] + (memory["unseen"] >= 0)
+            if self._blind(memory):
+                context.count("blind")
         return {
             "value": torch.from_numpy(value),
             "observed": torch.from_numpy(observed),
@@ -145,12 +147,14 @@ class Forecaster(Infer):
         offset = datetime.fromtimestamp(seconds, self._zone).utcoffset()
         return seconds + int(offset.total_seconds() if offset else 0)
 
+    def _blind(self, memory: dict[str, Any]) -> bool:
+        """Whether no sensor was seen within the receptive field; with an unbounded one, or no weights, ever."""
+        unseen, field = memory["unseen"], self.model.receptive_field
+        return bool(unseen < 0 or (field is not None and unseen >= field and self.model.needs_weights))
+
     def decode(self, record: Record, output: np.ndarray[Any, Any]) -> list[Any]:
         """The forecast of one frame."""
         memory = self.memory[record.key]
-        field = self.model.receptive_field
-        unseen = memory["unseen"]
-        blind = unseen < 0 or (field is not None and unseen >= field and self.model.needs_weights)
         forecast = Forecast(
             sensors=self.card.sensors,
             horizons_s=self._horizons_s,
@@ -158,7 +162,7 @@ class Forecaster(Infer):
             age_s=memory["age_s"],
             model=self.options.model,
             weights=self.weights_hash,
-            blind=blind,
+            blind=self._blind(memory),
         )
         return [forecast]
 

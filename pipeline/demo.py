@@ -211,6 +211,7 @@ def _summarise(
             "duplicate": events["align"].get("duplicate", 0),
             "dead_letters": sum(result.totals["dead_letters"].values()),
             "forecasts": result.totals["records_out"].get("Forecast", 0),
+            "blind": events["forecast"].get("blind", 0),
             "scored": sum(row["count"] for row in scores if row["model"] == "sttn"),
         },
         "out": str(out),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stepstream.connectors.times import parse_time
+from stepstream.connectors.times import format_time, parse_time
 from stepstream.pipeline import report_figures as figures
 from stepstream.pipeline.atomic import write_atomic
 from stepstream.pipeline.report_data import DemoRun, load_run, nan_mean
@@ -201,14 +201,19 @@ def _places(run: DemoRun, choices: Sequence[figures.Choice]) -> str:
 
 def _outage_note(run: DemoRun) -> str:
     text = "Each row is a sensor, each column a quarter of an hour. Hover over a point of the map for its numbers."
-    if run.first == 0:
+    if not run.outages:
         return text
-    first = _when(run.summary["period"]["first_reading"])
+    begin, end = max(run.outages, key=lambda outage: outage[1] - outage[0])
+    hours = (end - begin) * run.step_s / 3600
     return (
-        "The week begins in an outage of the whole network: until "
-        f"{first} no sensor reports, so nothing is forecast and nothing is scored; the state is built up from the "
-        f"first frames after it. {text}"
+        f"The longest outage of the whole network lasts {hours:.1f} hours, from {_clock(run, begin)} to "
+        f"{_clock(run, end - 1)}. The stream goes on through it: a forecast for every frame, which says how old its "
+        f"knowledge is ({_count(run.summary['counts']['blind'])} of all say that they know nothing). {text}"
     )
+
+
+def _clock(run: DemoRun, frame: int) -> str:
+    return _when(format_time(int(run.times_ns[frame]), ""))
 
 
 def _facts(run: DemoRun) -> str:

@@ -87,6 +87,13 @@ class DemoRun:
         """The first frame with a reading."""
         return int((~np.isnan(self.truth).all(axis=1)).argmax())
 
+    @property
+    def outages(self) -> list[tuple[int, int]]:
+        """Runs of an hour or more in which no sensor reported: (first frame, frame after the last)."""
+        silent = np.concatenate([[False], np.isnan(self.truth).all(axis=1), [False]])
+        edges = np.flatnonzero(np.diff(silent.astype(np.int8)))
+        return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True) if (b - a) * self.step_s >= 3600]
+
     def ahead(self, horizon: int) -> int:
         """Frames from a forecast to the truth of its `horizon` (from 0)."""
         return self.horizons_s[horizon] // self.step_s

@@ -335,17 +335,17 @@ def _binned(array: Floats, size: int) -> Floats:
 
 
 def _outage(axis: Axes, run: DemoRun, *, label: bool) -> None:
-    """Marks the time before the first reading."""
+    """Marks the hours in which no sensor reported."""
     hours = _hours(run)
-    if run.first == 0:
-        return
-    axis.axvspan(hours[0], hours[run.first], facecolor="none", edgecolor=LIGHT["outage"], hatch="////", linewidth=0)
-    if label:
-        axis.annotate(
-            "outage,\nno data", ((hours[run.first] + hours[0]) / 2, 0.5), xycoords=("data", "axes fraction"),
-            ha="center", va="center", fontsize=7.5, color=LIGHT["ink"],
-            bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 2},
-        )  # fmt: skip
+    for begin, end in run.outages:
+        left, right = hours[begin], hours[begin] + (end - begin) * run.step_s / 3600
+        axis.axvspan(left, right, facecolor="none", edgecolor=LIGHT["outage"], hatch="////", linewidth=0)
+        if label and right - left > 6:
+            axis.annotate(
+                "outage,\nno data", ((left + right) / 2, 0.5), xycoords=("data", "axes fraction"),
+                ha="center", va="center", fontsize=7.5, color=LIGHT["ink"],
+                bbox={"facecolor": LIGHT["surface"], "edgecolor": "none", "pad": 2},
+            )  # fmt: skip
 
 
 def _days(axis: Axes, run: DemoRun, low: float, high: float) -> None:

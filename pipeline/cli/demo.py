@@ -15,7 +15,7 @@ EXAMPLES = """\b
 Examples:
   stepstream demo                           a week of Los Angeles traffic, forecast live
   stepstream demo --out la --days 2
-  stepstream demo --json | jq .metrics
+  stepstream demo --json | jq .models
 """
 DEMOS = ("traffic",)
 
