@@ -91,9 +91,9 @@ class Source(ABC):
 class Sink(ABC):
     """Where outputs go, with a durable position that the engine commits together with the input offsets.
 
-    The engine calls `open` once, then any number of `write`s and `prepare`s, then perhaps `finish`, then `close`. What was
-    written after the last prepared position that the engine committed is undone by the next `open`, so that it can be
-    written again; what was committed is never changed.
+    The engine calls `open` once, then any number of `write`s and `prepare`s, then perhaps `finish`, then `close`. What
+    was written after the last prepared position that the engine committed is undone by the next `open`, so that it can
+    be written again; what was committed is never changed.
     """
 
     Options: ClassVar[type[Options]] = Options
@@ -114,7 +114,7 @@ class Sink(ABC):
         """Makes all that was written durable and returns its position, a JSON value."""
 
     def finish(self) -> None:
-        """The input has ended for good and all is committed: make the final form. Must be safe to repeat after a crash."""
+        """The input has ended for good and all is committed: make the final form. It may be repeated after a crash."""
 
     def close(self) -> None:
         """Releases files and connections. Does not make anything durable. May be called twice."""

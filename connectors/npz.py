@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class Npz(Mapping[str, npt.NDArray[Any]]):
             raise InputError(f"{path}: starts like an npz archive, but is cut off or damaged ({error})") from None
         self._members = {i.filename[:-4]: i for i in self._archive.infolist() if i.filename.endswith(".npy")}
 
-    def __enter__(self) -> Npz:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,9 @@ from pydantic import Field, field_validator
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError
 from stepstream.connectors.times import format_time, parse_time
+from stepstream.connectors.traffic_graph import Graph, check_graph, read_graph
 
-__all__ = ["Graph", "TrafficOptions", "TrafficRecording", "build_recording", "check_graph", "recording_name"]
-
-Graph: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
-"""Directed edges: row (from), column (to) as indices of sensors, and weight."""
+__all__ = ["TrafficOptions", "TrafficRecording", "build_recording", "recording_name"]
 
 MAX_CELLS = 2**31
 """Most frames x sensors that a reader takes (8 GiB of float32)."""
@@ -117,30 +115,6 @@ def check_cells(path: Path, field: str, frames: int, sensors: int) -> None:
         raise InputError(f"{path}: {field}: {frames} frames x {sensors} sensors is more than {MAX_CELLS} values")
 
 
-def check_graph(path: Path, graph: Graph, sensors: int) -> Graph:
-    """The graph with its final types, or InputError if its shape, indices or weights do not fit `sensors` sensors."""
-    row, col, weight = (np.asarray(part) for part in graph)
-    if not row.ndim == col.ndim == weight.ndim == 1 or not len(row) == len(col) == len(weight):
-        raise InputError(
-            f"{path}: graph: expected row, col and weight of one length, "
-            f"got the shapes {row.shape}, {col.shape}, {weight.shape}"
-        )
-    if row.dtype.kind not in "iu" or col.dtype.kind not in "iu":
-        raise InputError(f"{path}: graph: expected integer rows and columns, got {row.dtype} and {col.dtype}")
-    if len(row) and (min(row.min(), col.min()) < 0 or max(row.max(), col.max()) >= sensors):
-        raise InputError(
-            f"{path}: graph: an edge names sensor {max(row.max(), col.max())} (lowest {min(row.min(), col.min())}), "
-            f"expected 0 to {sensors - 1}: the graph is of another network"
-        )
-    weight32: npt.NDArray[np.float32] = weight.astype(np.float32)
-    if not np.isfinite(weight32).all():
-        raise InputError(f"{path}: graph: expected finite weights")
-    parts = row.astype(np.int32), col.astype(np.int32), weight32
-    for part in parts:
-        part.setflags(write=False)
-    return parts
-
-
 def regular_times(start_ns: int, step_s: int, frames: int) -> npt.NDArray[np.int64]:
     """`frames` times, `step_s` apart."""
     return start_ns + np.arange(frames, dtype=np.int64) * (step_s * 1_000_000_000)
@@ -208,8 +182,6 @@ def build_recording(
     if positions is not None and np.shape(positions) != (count, 2):
         raise InputError(f"{path}: positions: expected [{count}, 2], got {list(np.shape(positions))}")
     if options.graph is not None:
-        from stepstream.connectors.traffic_graph import read_graph
-
         graph = read_graph(options.graph, names)
     elif graph is not None:
         graph = check_graph(path, graph, count)

@@ -9,22 +9,48 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.npz import Npz
-from stepstream.connectors.traffic import Graph, check_graph
 
-__all__ = ["dense_graph", "gaussian_graph", "npz_graph", "read_graph"]
+__all__ = ["Graph", "check_graph", "dense_graph", "gaussian_graph", "npz_graph", "read_graph"]
+
+Graph: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
+"""Directed edges: row (from), column (to) as indices of sensors, and weight."""
 
 THRESHOLD = 0.1
 MAX_GRAPH_BYTES = 2**30
 
 _DISTANCES = {"cost", "distance", "dist"}
 _WEIGHTS = {"weight", "w", "value"}
+
+
+def check_graph(path: Path, graph: Graph, sensors: int) -> Graph:
+    """The graph with its final types, or InputError if its shape, indices or weights do not fit `sensors` sensors."""
+    row, col, weight = (np.asarray(part) for part in graph)
+    if not row.ndim == col.ndim == weight.ndim == 1 or not len(row) == len(col) == len(weight):
+        raise InputError(
+            f"{path}: graph: expected row, col and weight of one length, "
+            f"got the shapes {row.shape}, {col.shape}, {weight.shape}"
+        )
+    if row.dtype.kind not in "iu" or col.dtype.kind not in "iu":
+        raise InputError(f"{path}: graph: expected integer rows and columns, got {row.dtype} and {col.dtype}")
+    if len(row) and (min(row.min(), col.min()) < 0 or max(row.max(), col.max()) >= sensors):
+        raise InputError(
+            f"{path}: graph: an edge names sensor {max(row.max(), col.max())} (lowest {min(row.min(), col.min())}), "
+            f"expected 0 to {sensors - 1}: the graph is of another network"
+        )
+    weight32: npt.NDArray[np.float32] = weight.astype(np.float32)
+    if not np.isfinite(weight32).all():
+        raise InputError(f"{path}: graph: expected finite weights")
+    parts = row.astype(np.int32), col.astype(np.int32), weight32
+    for part in parts:
+        part.setflags(write=False)
+    return parts
 
 
 def gaussian_graph(

@@ -20,14 +20,13 @@ from stepstream.connectors.times import parse_time
 from stepstream.connectors.traffic import (
     DEFAULT_START,
     DEFAULT_STEP_S,
-    Graph,
     TrafficOptions,
     TrafficRecording,
     build_recording,
     check_cells,
     regular_times,
 )
-from stepstream.connectors.traffic_graph import gaussian_graph, npz_graph
+from stepstream.connectors.traffic_graph import Graph, gaussian_graph, npz_graph
 
 __all__ = ["TrafficNpz"]
 

@@ -21,7 +21,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class RecordingContext:
-    """A `Context` that keeps counters, dead letters and their causes, but not while `replaying`, as the contract says."""
+    """A `Context` that keeps counters, dead letters and their causes, but not while `replaying`, as is the contract."""
 
     def __init__(self, replaying: bool = False) -> None:
         self.replaying = replaying

@@ -1,4 +1,4 @@
-"""The locked environment holds what the later engines and models build on, and all of it installs and imports together."""
+"""The locked environment holds what the later engines and models build on, and all of it imports together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def test_extras_import(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install stepstream[{extra}]")
     command = [sys.executable, "-c", f"import {package}; print({package}.__version__)"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     if done.returncode and "cannot open shared object file" in done.stderr:
         library = done.stderr.strip().splitlines()[-1]
         pytest.skip(f"{package} needs a system library that this machine lacks: {library}")

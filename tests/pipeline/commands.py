@@ -100,15 +100,13 @@ def command(folder: Path, *args: str, **options: Any) -> Done:
     return Command(folder, *args, **options).wait()
 
 
-def _main(
-    folder: str, args: tuple[str, ...], out: str, err: str, file_limit: int | None, die_at: int | None
-) -> None:
+def _main(folder: str, args: tuple[str, ...], out: str, err: str, file_limit: int | None, die_at: int | None) -> None:
     os.chdir(folder)
     for descriptor, path in ((1, out), (2, err)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: PTH123, SIM115
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = ["stepstream", *args]
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
