@@ -181,9 +181,10 @@ class TemporalTransformer(nn.Module):
         age = (clock[:, None] - torch.arange(self.memory, device=x.device)) % self.memory  # [B, M]
         bias = self.age_bias[:, age + self.memory - 1].permute(1, 2, 0)  # [B, M, heads]
         bias = bias.masked_fill((age > clock[:, None])[..., None], -math.inf)
-        scores = torch.einsum("bnhd,bmnhd->bmnh", q, cache["key"][rows]) * (d / self.heads) ** -0.5
+        # One query a sensor: reading the cache once beats the copies that a batched product would make of it.
+        scores = (q[:, None] * cache["key"].index_select(0, rows)).sum(-1) * (d / self.heads) ** -0.5
         weights = torch.softmax(scores + bias[:, :, None], dim=1)
-        attended = torch.einsum("bmnh,bmnhd->bnhd", weights, cache["value"][rows]).reshape(batch, sensors, d)
+        attended = (weights[..., None] * cache["value"].index_select(0, rows)).sum(1).reshape(batch, sensors, d)
         return self.feedforward(x + self.dropout(self.out(attended)))
 
 

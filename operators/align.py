@@ -166,7 +166,12 @@ class Align(Operator):
         time = record.time_ns
         if state.floor is not None and time // self._every < state.floor:
             state.run = 0
-            self._late(record, outlet)
+            # What can never be used is not late: whoever sends it is to be told why.
+            reason = None if isinstance(record.value, SensorFrame) else self._fault(state, record.value)
+            if reason is None:
+                self._late(record, outlet)
+            else:
+                outlet.dead_letter(record, reason)
         elif state.newest is None or time > state.newest + self._max_ahead:
             state.cool()
             self._hold(state, record, outlet)

@@ -84,6 +84,10 @@ class Forecaster(Infer):
         age = np.full(len(self.card.sensors), np.inf, dtype=np.float32)
         return {"age_s": age, "unseen": -1, "time_ns": None, "unknown": []}
 
+    def lasting(self, memory: dict[str, Any]) -> dict[str, Any]:
+        """A sensor that was reported is the same one after a gap."""
+        return {"unknown": memory["unknown"]}
+
     def _match(self, sensors: tuple[str, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Which columns of a frame the model knows, and where they go."""
         if self._columns is None or (self._columns[0] is not sensors and self._columns[0] != sensors):

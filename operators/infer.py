@@ -143,6 +143,10 @@ class Infer(Operator):
     def fresh_memory(self) -> dict[str, Any]:
         """What `memory[key]` starts as: a dict of numpy arrays and JSON values."""
 
+    def lasting(self, memory: dict[str, Any]) -> dict[str, Any]:
+        """What of a key's memory stays when its stream starts afresh."""
+        return {}
+
     @abstractmethod
     def encode(self, records: Sequence[Record], context: Context) -> Tree:
         """Model input, a tree of [len(records), ...]; updates the memory of the records' keys."""
@@ -176,7 +180,7 @@ class Infer(Operator):
                 self.memory[record.key] = self.fresh_memory()
             elif self.starts_afresh(record):
                 self.rows.reset(record.key)
-                self.memory[record.key] = self.fresh_memory()
+                self.memory[record.key] = self.fresh_memory() | self.lasting(self.memory[record.key])
                 context.count("restarts")
         x = _map(self.encode(batch, context), lambda leaf: leaf.to(self.options.device))
         rows = torch.tensor([self.rows.row(record.key) for record in batch], device=self.options.device)

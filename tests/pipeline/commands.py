@@ -41,11 +41,12 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Done:
-    """How a command went. `code` below 0: the signal that ended it."""
+    """How a command went. `code` below 0: the signal that ended it. `operations`: see `Command`, if `die_at` was set."""
 
     code: int
     out: str
     err: str
+    operations: int
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Done:
 class Command:
     """A running command. `file_limit`: RLIMIT_FSIZE in bytes, which fails a write half way as a full disk does.
 
-    `die_at`: it sends itself SIGKILL before the so-manieth thing that it does to a file below its folder.
+    `die_at`: it sends itself SIGKILL before the so-manieth operation on a file below its folder.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class Command:
             self._process.join()
             raise AssertionError(f"not done after {TIMEOUT_S} s")
         out = self._out.read_text() if self._out.is_file() else ""
-        return Done(code, out, self._err.read_text())
+        count = self._err.with_suffix(".count")
+        return Done(code, out, self._err.read_text(), int(count.read_text()) if count.exists() else 0)
 
 
 def command(folder: Path, *args: str, **options: Any) -> Done:
@@ -110,15 +112,21 @@ def _main(folder: str, args: tuple[str, ...], out: str, err: str, file_limit: in
     sys.argv = ["stepstream", *args]
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    if die_at is not None:
-        sys.addaudithook(_Tripwire(str(Path(folder).resolve()), die_at))
     from stepstream.pipeline.cli import main
 
-    main()
+    if die_at is None:
+        main()
+        return
+    tripwire = _Tripwire(str(Path(folder).resolve()), die_at)
+    sys.addaudithook(tripwire)
+    try:
+        main()
+    finally:
+        Path(err).with_suffix(".count").write_text(str(die_at - tripwire.left))
 
 
 class _Tripwire:
-    """Kills the process at the k-th thing it does to a file below a folder."""
+    """Kills the process before its k-th operation on a file below a folder."""
 
     events = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "fcntl.flock"})
 

@@ -1,7 +1,9 @@
-"""A day of a small network, random weights for it, and the pipeline of the main job over them."""
+"""A day of a small network, random weights for it, the pipeline of the main job over them, and the command line."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from typer.testing import CliRunner
 
 from stepstream.models.sttn import STTN, STTNConfig
 from stepstream.models.weights import Card, save_weights
+from stepstream.pipeline.cli import app
 
 SENSORS = ("n1", "n2", "n3", "s1", "s2")
 STEP_S = 600
@@ -38,6 +42,9 @@ def speeds(frames: int = FRAMES) -> npt.NDArray[np.float32]:
     values[random.random(values.shape) < 0.05] = np.nan
     values[60:70] = np.nan
     return (np.round(values * 8) / 8).astype(np.float32)
+
+
+VALUES = int(np.isfinite(speeds()).sum())
 
 
 def times(frames: int = FRAMES) -> list[datetime]:
@@ -90,3 +97,35 @@ def write_all(folder: Path) -> Path:
 def outputs(folder: Path) -> dict[str, bytes]:
     """All files that a user sees in an output folder: names and bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def run(*settings: str) -> list[str]:
+    """The command line of a run of the pipeline."""
+    return ["run", "small.yaml", "--json", *(word for setting in settings for word in ("--set", setting))]
+
+
+def mistake(code: int, args: Sequence[str], *parts: str) -> str:
+    """The command fails with one line that has all these parts, and with nothing else."""
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)
+    assert result.stdout == ""
+    lines: list[str] = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in lines[0]
+    assert [part for part in parts if part not in lines[0]] == [], lines[0]
+    return lines[0]
+
+
+def good(*settings: str) -> dict[str, Any]:
+    """The one JSON object of a run that ends well and has nothing to complain of."""
+    result = CliRunner().invoke(app, run(*settings))
+    assert (result.exit_code, result.stderr) == (0, ""), result.stderr
+    (line,) = result.stdout.splitlines()
+    value: dict[str, Any] = json.loads(line)
+    return value
+
+
+def rows(path: str) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; none if there is no file."""
+    file = Path(path)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -95,22 +95,12 @@ def test_kill_9_at_random_moments_shows_in_no_byte(undisturbed: tuple[Path, dict
 def test_a_kill_while_the_final_files_are_made(undisturbed: tuple[Path, dict[str, Any]]) -> None:
     """Backwards from the last file operation: finishing, the last commit, its parts."""
     folder, expected = undisturbed
-    last = operations(folder)
+    last = command(folder, *arguments("counted"), die_at=10**6).operations
     for number, at in enumerate(range(last - 1, last - 40, -9)):
         out = f"finish-{number}"
         assert command(folder, *arguments(out), die_at=at).code == -signal.SIGKILL
         assert committed(folder / out) >= READINGS - 80
         check(folder / out, command(folder, *arguments(out)).summary, folder / "whole", expected)
-
-
-def operations(folder: Path) -> int:
-    """How many file operations a run of the pipeline takes, to within a few: the first number it survives."""
-    low, high = 150, 400
-    while high - low > 1:
-        middle = (low + high) // 2
-        killed = command(folder, *arguments(f"count-{middle}"), die_at=middle).code != 0
-        low, high = (middle, high) if killed else (low, middle)
-    return high
 
 
 @pytest.mark.parametrize("speed", ["max", "100000"])
