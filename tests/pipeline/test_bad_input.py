@@ -325,7 +325,7 @@ def test_a_truncated_recording(here: Path, name: str, share: float) -> None:
     assert not (here / "cut").exists()
 
 
-@pytest.mark.parametrize(("cut", "fields"), [(9, 4), (24, 2), (40, 1)])
+@pytest.mark.parametrize(("cut", "fields"), [(9, 5), (24, 2), (40, 1)])
 def test_a_truncated_csv(here: Path, cut: int, fields: int) -> None:
     (here / "day.csv").write_text("\n".join(csv_rows())[:-cut])
     part = f"day.csv: row 145: expected 6 fields, got {fields} (is the file cut off?)"
@@ -383,7 +383,11 @@ def test_a_recording_in_which_nothing_was_observed(here: Path) -> None:
 def test_weights_of_another_model(here: Path) -> None:
     line = mistake(2, run("operators.1.forecast.model=weekly-average"), "operators[1].forecast")
     assert "weights holds weights of 'sttn', not of 'weekly-average'" in line
-    mistake(1, ["evaluate", "weekly-average", "--data", "day.npz", "--weights", "weights"], "'sttn'", "'weekly-average'")
+    card = here / "weights" / "card.json"
+    card.write_text(card.read_text().replace('"model": "sttn"', '"model": "weekly-average"'))
+    other = "weights holds weights of 'weekly-average', not of 'sttn'"
+    mistake(2, run(), "operators[1].forecast", other)
+    mistake(1, ["evaluate", "sttn", "--data", "day.npz", "--weights", "weights", "--json"], other)
 
 
 def test_weights_that_are_not_there_or_not_whole(here: Path) -> None:
@@ -432,7 +436,7 @@ def test_weights_for_another_step_or_fewer_horizons(here: Path) -> None:
         ("replay:", "rplay:", ["small.yaml:2: source.rplay", "did you mean 'replay'?"]),
         ("files:", "filse:", ["sink.filse", "did you mean 'files'?"]),
         ("commit_every: 40", "commit_every: 0", ["engine.local.commit_every: 0"]),
-        ("source: {", "source: {{", ["small.yaml:2"]),
+        ("source: {", "source: {{", ["small.yaml:3: not YAML: while parsing a flow mapping"]),
         ("name: small", "", ["name"]),
     ],
 )
