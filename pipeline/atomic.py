@@ -59,6 +59,9 @@ class AtomicFile:
     ) -> None:
         if self._published:
             return
+        if isinstance(error, OSError) and error.filename is None:
+            # That the disk is full comes from a descriptor, which has no name.
+            error.filename = str(self._directory)
         # Closing flushes, and on a full disk fails again: the error that brought us here is the one to report.
         with contextlib.suppress(OSError):
             self._file.close()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 from stepstream.connectors.base import InputError
+from stepstream.connectors.output import OutputError, writing
 from stepstream.connectors.record_json import reading_to_json, record_to_json
 from stepstream.connectors.records import Reading, Record
 from stepstream.connectors.replay import Replay
@@ -18,6 +21,7 @@ from stepstream.connectors.replay import Replay
 __all__ = ["publish"]
 
 _BATCH = 5000
+_TAIL = 1 << 20  # longer than any line of a reading
 
 
 def publish(
@@ -33,7 +37,8 @@ def publish(
     `form`: the recording's format; None: found from its content.
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts. Raises
-    InputError for a recording that cannot be read and a destination that is none.
+    InputError for a recording that cannot be read and a destination that is none, and
+    OutputError for one that cannot be written: whole lines stay there.
     """
     if to.startswith("kafka:"):
         raise InputError(f"--to {to}: Kafka is not part of this installation; expected a folder, or - for stdout")
@@ -71,15 +76,30 @@ class _Folder(AbstractContextManager["tuple[BinaryIO, str]"]):
     def __init__(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--to {folder}: a file; expected a folder, - or kafka:TOPIC")
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "readings.jsonl"
 
     def __enter__(self) -> tuple[BinaryIO, str]:
-        self._file = self._path.open("wb")
+        with writing(self._path):
+            self._file = self._path.open("wb")
         return self._file, str(self._path)
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self._file.close()
+        except OSError as late:
+            error = error or late
+        if isinstance(error, OSError):
+            self._keep_whole_lines()
+            raise OutputError(str(self._path), error) from error
+
+    def _keep_whole_lines(self) -> None:
+        """What a full disk has cut in the middle of a line goes, so that all that stays can be read."""
+        with self._path.open("r+b") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - _TAIL)
+            file.seek(start)
+            file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def _destination(to: str) -> AbstractContextManager[tuple[BinaryIO, str]]:

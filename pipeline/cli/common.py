@@ -96,6 +96,7 @@ def _exit_code(error: Exception) -> int:
 def _message(error: Exception) -> str:
     """What a user is told. Errors made for users say it themselves; the rest is named as what it is: our fault."""
     from stepstream.connectors.base import InputError
+    from stepstream.connectors.output import OutputError
     from stepstream.pipeline.registry import NameProblem
     from stepstream.pipeline.task import OperatorError
     from stepstream.pipeline.tree import ConfigError
@@ -103,11 +104,21 @@ def _message(error: Exception) -> str:
     if isinstance(error, ConfigError):
         return str(error)
     text = " ".join(str(error).split())
-    if isinstance(error, InputError | NameProblem | OperatorError | WrongUse) or _is_weights_error(error):
+    if isinstance(error, InputError | NameProblem | OperatorError | OutputError | WrongUse) or _is_weights_error(error):
         return text
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        where = error.filename or (None if _stdout_works() else "cannot write standard output")
+        return f"{where}: {error.strerror}" if where else error.strerror
     return f"{type(error).__name__}: {text or 'no message'} (run again with --debug for the stack trace)"
+
+
+def _stdout_works() -> bool:
+    """Whether stdout takes what is still in its buffer: it stays there where it could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _is_weights_error(error: Exception) -> bool:
@@ -122,9 +133,7 @@ def _fail(message: str, code: int, *, debug: bool, error: Exception | None = Non
 
         traceback.print_exception(error, file=sys.stderr)
     complain(message)
-    try:
-        sys.stdout.flush()
-    except OSError:
+    if not _stdout_works():
         _give_up_stdout()
     raise typer.Exit(code)
 

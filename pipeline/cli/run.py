@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,8 @@ from stepstream.pipeline.cli.progress import record_progress
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from stepstream.pipeline.metrics import Metrics
 
 __all__ = ["SetOption", "run"]
 
@@ -74,7 +76,7 @@ def run(
     scores = LastScores()
     with stop_on_signals() as stop, record_progress(pipeline.name) as on_progress:
         built = pipeline.build()
-        stop_serving = None if metrics_port is None else built.task.metrics.serve(metrics_port)[1]
+        stop_serving = None if metrics_port is None else _serve(built.task.metrics, metrics_port)
         try:
             result = built.run(stop, on_progress, scores.see)
         finally:
@@ -88,6 +90,16 @@ def run(
         emit_json(summary)
     else:
         show(summary, console(stderr=to_stdout))
+
+
+def _serve(metrics: Metrics, port: int) -> Callable[[], None]:
+    """Serves the metrics; what ends that. Raises InputError if the port is taken."""
+    from stepstream.connectors.base import InputError
+
+    try:
+        return metrics.serve(port)[1]
+    except OSError as error:
+        raise InputError(f"--metrics-port {port}: {error.strerror}; expected a free port, or 0 for any") from error
 
 
 def summarise(

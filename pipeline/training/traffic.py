@@ -111,11 +111,12 @@ def _finish(trainer: Trainer, recording: TrafficRecording, data: Path, out: Path
             "data": recording.name,
             "frames": len(recording.values),
             "split": "70/10/20 in time order",
+            **options,
             "steps": trainer.step,
+            "best_step": trainer.best_step,
             "seconds": round(trainer.seconds),
             "start_from": start,
             "torch": torch.__version__,
-            **options,
         },
         scores={"validation": trainer.best_scores},
     )

@@ -106,6 +106,7 @@ class Trainer:
         self.optimizers = list(self._optimizers())
         self.step, self.seconds, self.best, self.stale = 0, 0.0, math.inf, 0
         self.best_scores: dict[str, float] = {}
+        self.best_step = 0
         self.random = np.random.default_rng(options.seed)
         self._ends: dict[int, npt.NDArray[np.int64]] = {}
         out.mkdir(parents=True, exist_ok=True)
@@ -247,6 +248,7 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
             "best_scores": self.best_scores,
+            "best_step": self.best_step,
             "random": json.dumps(self.random.bit_generator.state),
             "torch_random": torch.get_rng_state(),
         }
@@ -261,7 +263,7 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds, self.best, self.stale = state["step"], state["seconds"], state["best"], state["stale"]
-        self.best_scores = state["best_scores"]
+        self.best_scores, self.best_step = state["best_scores"], state["best_step"]
         self.random.bit_generator.state = json.loads(state["random"])
         torch.set_rng_state(state["torch_random"])
 
@@ -290,7 +292,7 @@ class Trainer:
         scores = self.validate()
         mean = float(np.mean([value for name, value in scores.items() if name.startswith("cold")]))
         if mean < self.best or not (self.out / "best.pt").exists():
-            self.best, self.stale, self.best_scores = mean, 0, scores
+            self.best, self.stale, self.best_scores, self.best_step = mean, 0, scores, self.step
             torch.save(self.average, self.out / "best.tmp")
             (self.out / "best.tmp").replace(self.out / "best.pt")
         else:
