@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -102,10 +102,20 @@ class _Folder(AbstractContextManager["tuple[BinaryIO, str]"]):
             file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
+@contextmanager
+def _standard_output() -> Iterator[tuple[BinaryIO, str]]:
+    sys.stdout.flush()
+    try:
+        yield sys.stdout.buffer, "-"
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError("standard output", error) from error
+
+
 def _destination(to: str) -> AbstractContextManager[tuple[BinaryIO, str]]:
     if to == "-":
-        sys.stdout.flush()
-        return nullcontext((sys.stdout.buffer, "-"))
+        return _standard_output()
     if not to:
         raise InputError("--to: empty; expected a folder, - or kafka:TOPIC")
     return _Folder(Path(to))

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
 
 from stepstream.connectors.base import InputError
 
 __all__ = ["evaluate", "train"]
 
+T = TypeVar("T")
 Progress = Callable[[Mapping[str, Any]], None]
 
 
@@ -29,15 +32,20 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def check_options(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the dataclass `kind`; raises InputError naming an unknown option."""
-    known = [field.name for field in fields(kind)]
+def checked(kind: type[T], options: Mapping[str, Any]) -> T:
+    """The dataclass `kind` made from `options`; raises InputError naming an unknown option or a wrong value."""
+    known = [field.name for field in fields(cast("Any", kind))]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise InputError(f"--set {name}: there is no such option; {hint}")
-    return dict(options)
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"--set {name}={first.get('input')!r:.40}: {first['msg']}") from None
 
 
 def train(

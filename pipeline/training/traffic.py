@@ -16,7 +16,7 @@ from stepstream.connectors.traffic import TrafficRecording
 from stepstream.models.registry import load_model
 from stepstream.models.sttn import STTNConfig
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, check_options
+from stepstream.pipeline.training import Progress, checked
 from stepstream.pipeline.training.traffic_baselines import (
     persistence_errors,
     ridge_errors,
@@ -68,9 +68,7 @@ def train(
     sizes = {f.name for f in fields(STTNConfig)} - {"form", "sensors"}
     start = options.pop("start_from", None)
     options["model"] = {name: options.pop(name) for name in list(options) if name in sizes}
-    if "segments" in options:
-        options["segments"] = tuple((int(batch), int(frames)) for batch, frames in options["segments"])
-    chosen = TrainOptions(device=device, seed=seed, **check_options(TrainOptions, options))
+    chosen = checked(TrainOptions, {"device": device, "seed": seed, **options})
     if not resume and out.exists():
         for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
             (out / name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from stepstream.connectors.base import InputError
 from stepstream.connectors.traffic import TrafficRecording
 from stepstream.models.graphs import chebyshev_polynomials
 from stepstream.models.sttn import STTN, STTNConfig
+from stepstream.pipeline.training import checked
 from stepstream.pipeline.training.traffic_data import WINDOW, TrafficTensors
 from stepstream.pipeline.training.traffic_metrics import evaluate_cold, evaluate_warm, published_horizons
 
@@ -61,11 +62,8 @@ class TrainOptions:
 def build_sttn(recording: TrafficRecording, data: TrafficTensors, sizes: dict[str, Any]) -> STTN:
     """An untrained STTN whose sizes and graph fit the recording; without a graph, the graph is learned."""
     slots = 86_400 // recording.step_s
-    config = STTNConfig(len(recording.sensors), slots_per_day=slots, graph="given" if recording.graph else "learned")
-    try:
-        config = replace(config, **sizes)
-    except TypeError as error:
-        raise InputError(f"model option: {error}; known are {sorted(asdict(config))}") from None
+    graph = "given" if recording.graph else "learned"
+    config = checked(STTNConfig, {"sensors": len(recording.sensors), "slots_per_day": slots, "graph": graph, **sizes})
     if config.form == "bidirectional" and config.memory < WINDOW:
         raise InputError(f"memory is {config.memory}: at least {WINDOW} was expected, the window of the paper's form")
     polynomials = None

@@ -41,7 +41,7 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Done:
-    """How a command went. `code` below 0: the signal that ended it. `operations`: see `Command`, if `die_at` was set."""
+    """How a command went. `code` below 0: the signal that ended it. `operations`: counted if `die_at` was set."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""Bad input of every kind through the command line: one clear line, or a record that is counted; what is there stays."""
+"""Bad input of every kind through the command line: one clear line, or a record that is counted."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ def test_a_full_disk(here: Path, disk: Disk, whole: dict[str, bytes]) -> None:
     reached = []
     for kilobytes in (4, 16, size // 4, size // 2, size - 8):
         disk.resize(kilobytes)
-        line = mistake(1, run("sink.files.path=disk/out"), "disk/out", "No space left on device"); print(kilobytes, line, size)
+        line = mistake(1, run("sink.files.path=disk/out"), "disk/out", "No space left on device")
+        print(kilobytes, line, size)
         check_readable(disk.path / "out", whole)
         if "is safe: mend that, start again, and the run goes on from there" in line:
             reached.append(int(line.partition("the commit at input record ")[2].split()[0]))
@@ -102,12 +103,10 @@ def test_a_full_disk(here: Path, disk: Disk, whole: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "every", "what"),
-    [(1_000, 1e9, "out/.stepstream)"), (20_000, 0, "out/.stepstream/snapshots)"), (60_000, 1e9, "forecasts.jsonl: ")],
+    [(1_000, 0, "forecasts.jsonl: "), (20_000, 0, "out/.stepstream/snapshots)"), (60_000, 1e9, "forecasts.jsonl: ")],
 )
-def test_a_write_that_fails_half_way(
-    here: Path, whole: dict[str, bytes], limit: int, every: float, what: str
-) -> None:
-    """The kernel's file size limit: what fits is written, and then no more. Of a commit, a snapshot, an output."""
+def test_a_write_that_fails_half_way(here: Path, whole: dict[str, bytes], limit: int, every: float, what: str) -> None:
+    """The kernel's file size limit: what fits is written, and then no more. Of an output, of a snapshot."""
     done = command(here, *run(f"engine.local.snapshot_every_s={every}"), file_limit=limit)
     assert (done.code, done.out) == (1, "")
     (line,) = done.err.splitlines()
@@ -138,7 +137,9 @@ def outputs_of(summary: dict[str, Any]) -> dict[str, bytes]:
 
 def test_a_full_disk_while_publishing(here: Path, disk: Disk) -> None:
     disk.resize(16)
-    mistake(1, ["replay", "day.npz", "--to", "disk/out", "--json"], "disk/out/readings.jsonl", "No space left on device")
+    mistake(
+        1, ["replay", "day.npz", "--to", "disk/out", "--json"], "disk/out/readings.jsonl", "No space left on device"
+    )
     lines = rows("disk/out/readings.jsonl")  # each of them is JSON
     assert 0 < len(lines) < VALUES
 
@@ -169,7 +170,9 @@ def test_an_output_folder_that_belongs_to_something_else(here: Path) -> None:
         folder = here / name.split(".")[0]
         folder.mkdir()
         (folder / name).write_text("mine\n")
-        mistake(1, run(f"sink.files.path={folder.name}"), f"{folder.name} holds {name} of another run", "overwrite: true")
+        mistake(
+            1, run(f"sink.files.path={folder.name}"), f"{folder.name} holds {name} of another run", "overwrite: true"
+        )
         assert (folder / name).read_text() == "mine\n"
     good("sink.files.path=scores", "sink.files.overwrite=true")
 
