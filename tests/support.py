@@ -21,13 +21,12 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 class RecordingContext:
-    """A `Context` that keeps counters, dead letters and their causes, but not while `replaying`, as is the contract."""
+    """A `Context` that keeps counters and dead letters; `replaying` throws both away as the contract says."""
 
     def __init__(self, replaying: bool = False) -> None:
         self.replaying = replaying
         self.counts: Counter[str] = Counter()
         self.dead: list[tuple[Record, str]] = []
-        self.causes: list[Record] = []
 
     def count(self, what: str, amount: int = 1) -> None:
         if not self.replaying:
@@ -36,7 +35,6 @@ class RecordingContext:
     def dead_letter(self, record: Record, reason: str, cause: Record | None = None) -> None:
         if not self.replaying:
             self.dead.append((record, reason))
-            self.causes.append(record if cause is None else cause)
 
     @property
     def reasons(self) -> list[str]:
