@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -94,8 +95,9 @@ def find_weights(weights: str | Path) -> Weights:
     shipped = shipped_weights()
     folder = shipped.get(str(weights), Path(weights))
     if not folder.is_dir():
-        known = ", ".join(shipped) or "none"
-        raise WeightsError(f"weights {str(weights)!r}: neither a folder nor shipped with stepstream (shipped: {known})")
+        close = difflib.get_close_matches(str(weights), list(shipped), 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"shipped: {', '.join(shipped) or 'none'}"
+        raise WeightsError(f"weights {str(weights)!r}: neither a folder nor shipped with stepstream; {hint}")
     return Weights(folder, read_card(folder), folder.name)
 
 

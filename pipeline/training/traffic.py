@@ -179,6 +179,8 @@ def evaluate(
     result: dict[str, Any] = {"model": model, "task": "traffic", "split": split, "data": recording.name}
     result["protocol"] = "cold: state reset, 12 frames in; errors over observed truths"
     horizons = published_horizons(WINDOW)
+    if model in baselines and weights is not None:
+        raise InputError(f"{model} is fitted on the recording's own training part: it takes no --weights")
     if model not in baselines:
         result |= _evaluate_model(model, weights, recording, tensors, split, device, say)
     scores: dict[str, dict[str, float]] = {}

@@ -218,6 +218,8 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         load_model("stnn", tmp_path / "good")
     with pytest.raises(WeightsError, match="neither a folder nor shipped"):
         load_model("sttn", "no-such-weights")
+    with pytest.raises(WeightsError, match="did you mean 'sttn-metr-la'"):
+        load_model("sttn", "sttn-metr-al")
 
 
 @pytest.mark.parametrize("field", ["width", "memory", "sensors"])

@@ -114,6 +114,8 @@ def test_wrong_options_are_named(recording: Path, tmp_path: Path, options: dict[
 def test_weights_for_other_sensors_are_refused(recording: Path) -> None:
     with pytest.raises(InputError, match="207 sensors of metr-la"):
         evaluate("sttn", recording, weights="sttn-metr-la", device="cpu")
+    with pytest.raises(InputError, match="takes no --weights"):
+        evaluate("ridge", recording, weights="sttn-metr-la", device="cpu")
 
 
 def test_splits_are_those_of_dcrnn() -> None:
