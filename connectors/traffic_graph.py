@@ -1,6 +1,6 @@
 """Graphs of sensor networks from files: road distances, edge weights, or a whole matrix.
 
-Distances become weights as in DCRNN (Li et al., ICLR 2018, equation 10, arXiv:1707.01926, and its gen_adj_mx.py):
+Distances become weights as in DCRNN (Li et al., ICLR 2018, arXiv:1707.01926, and its gen_adj_mx.py):
 w = exp(-(d / sigma)^2) with sigma the standard deviation of all distances, and 0 where w < k = 0.1. Edges are directed.
 """
 

@@ -20,7 +20,7 @@ def chebyshev_polynomials(
     """T_1 .. T_{order-1} of the scaled Laplacian of a weighted graph: float32 [order - 1, N, N].
 
     A directed graph is made symmetric by the larger of the two weights. L~ = 2 L / l_max - I with the normalised
-    Laplacian L = I - D^-1/2 A D^-1/2; T_k = 2 L~ T_{k-1} - T_{k-2} (Defferrard et al. 2016, sec. 2.1; STTN eq. 4-5).
+    Laplacian L = I - D^-1/2 A D^-1/2; T_k = 2 L~ T_{k-1} - T_{k-2} (Defferrard et al., arXiv:1606.09375).
     A sensor without an edge has an all-zero row in D^-1/2 A D^-1/2, so nothing becomes non-finite.
     """
     adjacency = np.zeros((sensors, sensors))

@@ -85,9 +85,9 @@ class FeedForward(nn.Module):
 class SpatialTransformer(nn.Module):
     """Within one frame: dynamic directed attention beside a fixed graph convolution, mixed by a gate.
 
-    Section IV-B of the paper. Attention: M = softmax(Q K^T / sqrt(d)) V over the sensors, with a residual and a
-    feed-forward layer (eq. 6-9); fixed: sum_k T_k(L~) X W_k (eq. 5); gate: g = sigmoid(f_s(Y_s) + f_g(X_g)),
-    Y = g Y_s + (1 - g) X_g (eq. 10-11). Differences: layer norms before each part, GELU for ReLU.
+    The paper's spatial transformer. Dynamic: M = softmax(Q K^T / sqrt(d)) V over the sensors, with a residual and a
+    feed-forward layer; fixed: sum_k T_k(L~) X W_k; gate: g = sigmoid(f_s(Y_s) + f_g(X_g)), Y = g Y_s + (1 - g) X_g.
+    Differences: layer norms before each part, GELU for ReLU, two feed-forward layers for three.
     """
 
     def __init__(self, config: STTNConfig) -> None:
@@ -125,7 +125,7 @@ class SpatialTransformer(nn.Module):
 class TemporalTransformer(nn.Module):
     """Along time, for each sensor: attention over the last M frames, with a learned bias by age.
 
-    Section IV-C of the paper; its window form attends both ways over M frames (`banded=False`), the causal form only
+    The paper's temporal transformer; its window form attends both ways over M frames (`banded=False`), the causal form only
     to the frame itself and the M - 1 before it. A bias by age replaces the paper's embedding of the position in the
     window, which would make a cached key depend on when it is read.
     """
@@ -248,7 +248,7 @@ class STTN(StreamModel):
         return cls(STTNConfig(**card["config"]))
 
     def graph_polynomials(self) -> Tensor:
-        """[(K - 1) N, N]: of the given graph, or row-normalised learned graphs (Graph WaveNet, 2019, eq. 5)."""
+        """[(K - 1) N, N]: of the given graph, or row-normalised learned graphs (Graph WaveNet, arXiv:1906.00121)."""
         if self.config.graph == "given":
             return self.polynomials
         return torch.softmax(F.relu(self.graph_source @ self.graph_target), dim=-1).flatten(0, 1)

@@ -15,7 +15,7 @@ from stepstream.connectors.traffic import TrafficRecording
 __all__ = ["WINDOW", "Split", "TrafficTensors"]
 
 WINDOW = 12
-"""Frames in and frames out of the published protocol (DCRNN, Li et al. 2018, sec. 4.1)."""
+"""Frames in and frames out of the published protocol (DCRNN, Li et al., ICLR 2018)."""
 
 DAY_S = 86_400
 
