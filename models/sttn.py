@@ -125,9 +125,9 @@ class SpatialTransformer(nn.Module):
 class TemporalTransformer(nn.Module):
     """Along time, for each sensor: attention over the last M frames, with a learned bias by age.
 
-    The paper's temporal transformer; its window form attends both ways over M frames (`banded=False`), the causal form only
-    to the frame itself and the M - 1 before it. A bias by age replaces the paper's embedding of the position in the
-    window, which would make a cached key depend on when it is read.
+    The paper's temporal transformer; its window form attends both ways over M frames (`banded=False`), the causal
+    form only to the frame itself and the M - 1 before it. A bias by age replaces the paper's embedding of the position
+    in the window, which would make a cached key depend on when it is read.
     """
 
     def __init__(self, config: STTNConfig) -> None:
