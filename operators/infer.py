@@ -20,11 +20,20 @@ from stepstream.operators.base import Context, Operator, State
 __all__ = ["Infer", "InferOptions", "StateRows"]
 
 
+# A step reads the state of its whole batch. On a CPU, 64 METR-LA networks (3.8 MB of state each) in one step cost 1.5
+# times what ten at a time cost, because they push each other out of the cache; small networks gain up to 64.
+CACHED_STATE_BYTES = 32 << 20
+MAX_BATCH = 64
+
+
 class InferOptions(base.Options):
-    """`device`: where the model runs. `max_batch`: most streams in one step. `compile`: torch.compile the step."""
+    """`device`: where the model runs. `max_batch`: most streams in one step (None: see `CACHED_STATE_BYTES`).
+
+    `compile`: torch.compile the step.
+    """
 
     device: str = "cpu"
-    max_batch: int = Field(64, ge=1)
+    max_batch: int | None = Field(None, ge=1)
     compile: bool = False
 
 
@@ -131,6 +140,10 @@ class Infer(Operator):
         self.memory: dict[str, dict[str, Any]] = {}
         self.on_step: Callable[[int, float], None] | None = None
         """Told of each model step, encoding and the copy back included: how many streams, how many seconds."""
+        fitting = MAX_BATCH
+        if options.device == "cpu":
+            fitting = max(1, min(MAX_BATCH, CACHED_STATE_BYTES // max(1, state_bytes_per_stream(self.rows.state))))
+        self.max_batch = options.max_batch or fitting
         self._step = (
             torch.compile(self.model.step, fullgraph=True, dynamic=True) if options.compile else self.model.step
         )
@@ -166,8 +179,8 @@ class Infer(Operator):
             waves[wave].append(record)
         payloads: dict[int, list[Any]] = {}
         for wave_records in waves:
-            for start in range(0, len(wave_records), self.options.max_batch):
-                batch = wave_records[start : start + self.options.max_batch]
+            for start in range(0, len(wave_records), self.max_batch):
+                batch = wave_records[start : start + self.max_batch]
                 for record, row in zip(batch, self._run(batch, context), strict=True):
                     payloads[id(record)] = self.decode(record, row)
         return [record.derive(i, value) for record in records for i, value in enumerate(payloads[id(record)])]
@@ -222,5 +235,6 @@ class Infer(Operator):
             "receptive_field": self.model.receptive_field,
             "delay": self.model.delay,
             "state_bytes_per_stream": state_bytes_per_stream(self.rows.state),
+            "max_batch": self.max_batch,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
