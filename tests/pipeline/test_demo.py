@@ -75,9 +75,9 @@ def test_json_is_the_summary_on_disk_and_complete(half_day: tuple[Path, dict[str
             f"{name}_{m}" for name in ("mae", "rmse", "mape", "coverage", "count") for m in HORIZONS_MIN
         }
     assert printed["period"] == {
-        "start": "2012-06-18T00:00:00",
-        "first_reading": "2012-06-18T11:05:00",
-        "end": "2012-06-18T23:05:00",
+        "start": "2012-06-15T00:00:00",
+        "first_reading": "2012-06-15T00:00:00",
+        "end": "2012-06-15T12:00:00",
     }
     assert 0 < printed["step_ms_p50"] <= printed["step_ms_p99"]
     assert printed["real_time_factor"] == pytest.approx(300 * printed["steps_per_second"])
