@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from stepstream.pipeline import registry, yamlfile
+import stepstream.pipeline.registry as registry
+import stepstream.pipeline.yamlfile as yamlfile
 from stepstream.pipeline.overrides import apply_environment, apply_settings, is_stage, substitute
 from stepstream.pipeline.registry import Kind, NameProblem
 from stepstream.pipeline.tree import ConfigError, Path, Tree, show_value

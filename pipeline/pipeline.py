@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import BaseModel
 
+import stepstream.pipeline.config as config
+import stepstream.pipeline.registry as registry
+import stepstream.pipeline.yamlfile as yamlfile
 from stepstream.connectors.base import DeadLetter, InputError, Sink, Source
 from stepstream.connectors.records import Record
 from stepstream.operators.base import Operator
 from stepstream.operators.durations import format_duration
-from stepstream.pipeline import config, registry, yamlfile
 from stepstream.pipeline.config import ConfigError, PipelineConfig, Stage
 from stepstream.pipeline.overrides import escape
 from stepstream.pipeline.registry import Kind, NameProblem

@@ -104,7 +104,7 @@ def run(*settings: str) -> list[str]:
     return ["run", "small.yaml", "--json", *(word for setting in settings for word in ("--set", setting))]
 
 
-def mistake(code: int, args: Sequence[str], *parts: str) -> str:
+def expect_mistake(code: int, args: Sequence[str], *parts: str) -> str:
     """The command fails with one line that has all these parts, and with nothing else."""
     result = CliRunner().invoke(app, args)
     assert result.exit_code == code, (result.exit_code, result.stderr, result.exception)

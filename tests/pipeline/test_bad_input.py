@@ -18,8 +18,8 @@ from small_network import (
     SENSORS,
     VALUES,
     csv_rows,
+    expect_mistake,
     good,
-    mistake,
     nanoseconds,
     rows,
     run,
@@ -70,7 +70,7 @@ def used(summary: Mapping[str, Any], sensors: int = len(SENSORS)) -> int:
 )
 def test_a_graph_file_of_the_wrong_shape(here: Path, content: bytes, parts: list[str]) -> None:
     (here / "graph.csv").write_bytes(content)
-    mistake(1, run("source.replay.graph=graph.csv"), "graph.csv", *parts)
+    expect_mistake(1, run("source.replay.graph=graph.csv"), "graph.csv", *parts)
     assert not (here / "out").exists()
 
 
@@ -93,9 +93,9 @@ def test_a_graph_file_of_the_wrong_shape(here: Path, content: bytes, parts: list
 )
 def test_a_recording_whose_parts_do_not_fit(here: Path, arrays: dict[str, Any], part: str) -> None:
     write_npz(here / "day.npz", **arrays)
-    mistake(1, run(), "day.npz", part)
-    mistake(1, ["inspect", "day.npz", "--json"], "day.npz", part)
-    mistake(1, ["replay", "day.npz", "--to", "published", "--json"], "day.npz", part)
+    expect_mistake(1, run(), "day.npz", part)
+    expect_mistake(1, ["inspect", "day.npz", "--json"], "day.npz", part)
+    expect_mistake(1, ["replay", "day.npz", "--to", "published", "--json"], "day.npz", part)
 
 
 # Time
@@ -105,17 +105,17 @@ def test_a_recording_whose_time_goes_backwards_names_the_row(here: Path) -> None
     swapped = times()
     swapped[40], swapped[41] = swapped[41], swapped[40]
     write_npz(here / "day.npz", times_ns=nanoseconds(swapped))
-    mistake(1, run(), "day.npz", "frame 41 (2024-05-06T06:40:00) is not after frame 40 (2024-05-06T06:50:00)")
+    expect_mistake(1, run(), "day.npz", "frame 41 (2024-05-06T06:40:00) is not after frame 40 (2024-05-06T06:50:00)")
     lines = csv_rows()
     lines[41], lines[42] = lines[42], lines[41]
     (here / "day.csv").write_text("\n".join(lines) + "\n")
-    mistake(1, run("source.replay.path=day.csv"), "day.csv", "row 43", "2024-05-06T06:40:00")
+    expect_mistake(1, run("source.replay.path=day.csv"), "day.csv", "row 43", "2024-05-06T06:40:00")
     values = [f"{line.split(',')[0]},n1,50" for line in lines[1:]]
     (here / "long.csv").write_text("\n".join(["time,sensor,value", *values]) + "\n")
-    mistake(1, run("source.replay.path=long.csv"), "long.csv", "row 43", "2024-05-06T06:40:00")
+    expect_mistake(1, run("source.replay.path=long.csv"), "long.csv", "row 43", "2024-05-06T06:40:00")
     lines[42] = lines[43].replace("2024", "year")
     (here / "day.csv").write_text("\n".join(lines) + "\n")
-    mistake(1, run("source.replay.path=day.csv"), "day.csv", "row 43", "year-05-06")
+    expect_mistake(1, run("source.replay.path=day.csv"), "day.csv", "row 43", "year-05-06")
 
 
 def gapped() -> list[Any]:
@@ -320,7 +320,7 @@ def test_a_truncated_recording(here: Path, name: str, share: float) -> None:
     whole = (here / name).read_bytes()
     assert good(f"source.replay.path={name}", ALIGN_ONLY)["records_in"] == VALUES
     (here / f"cut-{name}").write_bytes(whole[: int(len(whole) * share)])
-    line = mistake(1, run(f"source.replay.path=cut-{name}", "sink.files.path=cut"), f"cut-{name}")
+    line = expect_mistake(1, run(f"source.replay.path=cut-{name}", "sink.files.path=cut"), f"cut-{name}")
     assert "cut off" in line or "no known format" in line
     assert not (here / "cut").exists()
 
@@ -329,7 +329,7 @@ def test_a_truncated_recording(here: Path, name: str, share: float) -> None:
 def test_a_truncated_csv(here: Path, cut: int, fields: int) -> None:
     (here / "day.csv").write_text("\n".join(csv_rows())[:-cut])
     part = f"day.csv: row 145: expected 6 fields, got {fields} (is the file cut off?)"
-    mistake(1, run("source.replay.path=day.csv"), part)
+    expect_mistake(1, run("source.replay.path=day.csv"), part)
 
 
 def test_a_truncated_stream_is_read_up_to_its_last_line(here: Path) -> None:
@@ -354,14 +354,16 @@ def test_a_truncated_stream_is_read_up_to_its_last_line(here: Path) -> None:
 )
 def test_an_empty_recording(here: Path, name: str, content: bytes, part: str) -> None:
     (here / name).write_bytes(content)
-    mistake(1, run(f"source.replay.path={name}"), part)
-    mistake(1, ["inspect", name, "--json"], part)
-    mistake(1, ["evaluate", "persistence", "--data", name, "--json"], part)
+    expect_mistake(1, run(f"source.replay.path={name}"), part)
+    expect_mistake(1, ["inspect", name, "--json"], part)
+    expect_mistake(1, ["evaluate", "persistence", "--data", name, "--json"], part)
 
 
 def test_an_empty_h5(here: Path) -> None:
     write_h5(here / "day.h5", 0)
-    mistake(1, run("source.replay.path=day.h5"), "day.h5", "expected at least one frame and one sensor, got 0 x 5")
+    expect_mistake(
+        1, run("source.replay.path=day.h5"), "day.h5", "expected at least one frame and one sensor, got 0 x 5"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
@@ -381,40 +383,42 @@ def test_a_recording_in_which_nothing_was_observed(here: Path) -> None:
 
 
 def test_weights_of_another_model(here: Path) -> None:
-    line = mistake(2, run("operators.1.forecast.model=weekly-average"), "operators[1].forecast")
+    line = expect_mistake(2, run("operators.1.forecast.model=weekly-average"), "operators[1].forecast")
     assert "weights holds weights of 'sttn', not of 'weekly-average'" in line
     card = here / "weights" / "card.json"
     card.write_text(card.read_text().replace('"model": "sttn"', '"model": "weekly-average"'))
     other = "weights holds weights of 'weekly-average', not of 'sttn'"
-    mistake(2, run(), "operators[1].forecast", other)
-    mistake(1, ["evaluate", "sttn", "--data", "day.npz", "--weights", "weights", "--json"], other)
+    expect_mistake(2, run(), "operators[1].forecast", other)
+    expect_mistake(1, ["evaluate", "sttn", "--data", "day.npz", "--weights", "weights", "--json"], other)
 
 
 def test_weights_that_are_not_there_or_not_whole(here: Path) -> None:
     unknown = "weights 'sttn-metr-al': neither a folder nor shipped"
-    mistake(2, run("operators.1.forecast.weights=sttn-metr-al"), "operators[1].forecast", unknown)
-    mistake(2, run("operators.1.forecast.model=sttm"), "no model is called 'sttm': did you mean 'sttn'?")
+    expect_mistake(2, run("operators.1.forecast.weights=sttn-metr-al"), "operators[1].forecast", unknown)
+    expect_mistake(2, run("operators.1.forecast.model=sttm"), "no model is called 'sttm': did you mean 'sttn'?")
     (here / "empty").mkdir()
-    mistake(2, run("operators.1.forecast.weights=empty"), "empty/card.json cannot be read (No such file or directory)")
+    expect_mistake(
+        2, run("operators.1.forecast.weights=empty"), "empty/card.json cannot be read (No such file or directory)"
+    )
     tensors, card = here / "weights" / "model.safetensors", here / "weights" / "card.json"
     whole, said = tensors.read_bytes(), card.read_text()
     tensors.write_bytes(whole[:-100])
-    mistake(2, run(), "weights/model.safetensors has sha256", "but its card says")
+    expect_mistake(2, run(), "weights/model.safetensors has sha256", "but its card says")
     tensors.write_bytes(whole)
     card.write_text(said.replace('"width": 8', '"width": 16'))
-    mistake(2, run(), "weights/model.safetensors", "has shape", "was expected")
+    expect_mistake(2, run(), "weights/model.safetensors", "has shape", "was expected")
     card.write_text(said.replace('"width": 8', '"width": 9'))
-    mistake(2, run(), "card.json", "width 9 is not a multiple of heads 2")
+    expect_mistake(2, run(), "card.json", "width 9 is not a multiple of heads 2")
     card.write_text(said[:200])
-    mistake(2, run(), "weights/card.json", "Invalid JSON")
+    expect_mistake(2, run(), "weights/card.json", "Invalid JSON")
     card.write_text(said)
     assert good()["ended"]
 
 
 def test_weights_for_another_step_or_fewer_horizons(here: Path) -> None:
-    line = mistake(1, run("operators.align.every=5min"), "operator 'forecast' failed")
+    line = expect_mistake(1, run("operators.align.every=5min"), "operator 'forecast' failed")
     assert "300 s apart: the weights expect 600 s" in line
-    mistake(2, run("operators.1.forecast.horizons=9"), "horizons is 9: the weights forecast 3")
+    expect_mistake(2, run("operators.1.forecast.horizons=9"), "horizons is 9: the weights forecast 3")
     summary = good("operators.score.horizons=[1, 3, 5]", "sink.files.path=far")
     # Nothing can be scored, and every forecast says so.
     assert summary["dead_letters"] == {"score": 2 * FRAMES}
@@ -444,15 +448,15 @@ def test_a_typo_in_a_pipeline_file(here: Path, before: str, after: str, parts: l
     text = (here / "small.yaml").read_text()
     assert before in text
     (here / "small.yaml").write_text(text.replace(before, after, 1))
-    mistake(2, run(), *parts)
-    mistake(2, ["describe", "small.yaml", "--json"], *parts)
+    expect_mistake(2, run(), *parts)
+    expect_mistake(2, ["describe", "small.yaml", "--json"], *parts)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"[]", b"- a", b"a: *b"])
 def test_what_is_no_pipeline_file(here: Path, content: bytes) -> None:
     (here / "small.yaml").write_bytes(content)
-    mistake(2, run(), "small.yaml")
+    expect_mistake(2, run(), "small.yaml")
 
 
 def test_a_folder_is_no_pipeline_file(here: Path) -> None:
-    mistake(2, ["run", ".", "--json"], "error: .: ", "Is a directory")
+    expect_mistake(2, ["run", ".", "--json"], "error: .: ", "Is a directory")

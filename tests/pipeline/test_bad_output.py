@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from commands import command
-from small_network import VALUES, good, mistake, outputs, rows, run, write_all, write_npz
+from small_network import VALUES, expect_mistake, good, outputs, rows, run, write_all, write_npz
 from typer.testing import CliRunner
 
 from stepstream.pipeline.cli import app
@@ -89,7 +89,7 @@ def test_a_full_disk(here: Path, disk: Disk, whole: dict[str, bytes]) -> None:
     reached = []
     for kilobytes in (4, 16, size // 4, size // 2, size - 8):
         disk.resize(kilobytes)
-        line = mistake(1, run("sink.files.path=disk/out"), "disk/out", "No space left on device")
+        line = expect_mistake(1, run("sink.files.path=disk/out"), "disk/out", "No space left on device")
         check_readable(disk.path / "out", whole)
         if "is safe: mend that, start again, and the run goes on from there" in line:
             reached.append(int(line.partition("the commit at input record ")[2].split()[0]))
@@ -137,7 +137,7 @@ def outputs_of(summary: dict[str, Any]) -> dict[str, bytes]:
 def test_a_full_disk_while_publishing(here: Path, disk: Disk) -> None:
     disk.resize(16)
     full = "cannot write disk/out/readings.jsonl: No space left on device"
-    mistake(1, ["replay", "day.npz", "--to", "disk/out", "--json"], full)
+    expect_mistake(1, ["replay", "day.npz", "--to", "disk/out", "--json"], full)
     lines = rows("disk/out/readings.jsonl")  # each of them is JSON
     assert 0 < len(lines) < VALUES
 
@@ -168,7 +168,7 @@ def test_an_output_folder_that_belongs_to_something_else(here: Path) -> None:
         folder = here / name.split(".")[0]
         folder.mkdir()
         (folder / name).write_text("mine\n")
-        mistake(
+        expect_mistake(
             1, run(f"sink.files.path={folder.name}"), f"{folder.name} holds {name} of another run", "overwrite: true"
         )
         assert (folder / name).read_text() == "mine\n"
@@ -178,11 +178,13 @@ def test_an_output_folder_that_belongs_to_something_else(here: Path) -> None:
 def test_an_output_folder_of_another_pipeline_or_another_input(here: Path) -> None:
     good(PERSISTENCE)
     before = outputs(here / "out")
-    mistake(1, run(), "out/.stepstream belongs to another pipeline", "another output folder")
+    expect_mistake(1, run(), "out/.stepstream belongs to another pipeline", "another output folder")
     changed = PERSISTENCE.replace("10min", "20min")
-    mistake(1, run(changed), "out/.stepstream belongs to another pipeline", "every")
+    expect_mistake(1, run(changed), "out/.stepstream belongs to another pipeline", "every")
     write_npz(here / "night.npz")
-    line = mistake(1, run(PERSISTENCE, "source.replay.path=night.npz"), "out/.stepstream belongs to another input")
+    line = expect_mistake(
+        1, run(PERSISTENCE, "source.replay.path=night.npz"), "out/.stepstream belongs to another input"
+    )
     assert "it was made from day/0, and the source is night/0" in line
     assert outputs(here / "out") == before
     assert good(PERSISTENCE)["already_complete"]
@@ -190,7 +192,7 @@ def test_an_output_folder_of_another_pipeline_or_another_input(here: Path) -> No
 
 def test_an_output_folder_that_another_run_is_writing_to(here: Path) -> None:
     with StateDirectory(here / "out" / ".stepstream"):
-        mistake(1, run(PERSISTENCE), "out/.stepstream is in use by another stepstream run", str(os.getpid()))
+        expect_mistake(1, run(PERSISTENCE), "out/.stepstream is in use by another stepstream run", str(os.getpid()))
     good(PERSISTENCE)
 
 
@@ -200,11 +202,11 @@ def test_an_output_folder_that_somebody_changed(here: Path, whole: dict[str, byt
     file, commit = here / "out" / "forecasts.jsonl", here / "out" / ".stepstream" / "commit.json"
     content, said = file.read_bytes(), commit.read_text()
     file.write_bytes(content[:100])
-    mistake(1, run(), "out/forecasts.jsonl has 100 bytes, expected at least the", "changed or deleted")
+    expect_mistake(1, run(), "out/forecasts.jsonl has 100 bytes, expected at least the", "changed or deleted")
     file.write_bytes(content)
     for wrong in (said[:50], "[]", said.replace('"version": 1', '"version": 9'), said.replace('"parts"', '"prats"')):
         commit.write_text(wrong)
-        mistake(1, run())
+        expect_mistake(1, run())
     commit.write_text(said)
     good()
     assert outputs(here / "out") == whole
@@ -222,21 +224,21 @@ def test_an_output_folder_that_somebody_changed(here: Path, whole: dict[str, byt
 )
 def test_a_sink_path_that_cannot_be_a_folder(here: Path, path: str, part: str) -> None:
     before = (here / "day.npz").read_bytes()
-    mistake(1, run(f"sink.files.path={path}"), path, part)
+    expect_mistake(1, run(f"sink.files.path={path}"), path, part)
     assert (here / "day.npz").read_bytes() == before
 
 
 def test_a_read_only_disk(here: Path, disk: Disk) -> None:
     disk.read_only()
-    mistake(1, run("sink.files.path=disk/out"), "disk/out", "Read-only file system")
-    mistake(1, ["replay", "day.npz", "--to", "disk/out"], "disk/out", "Read-only file system")
-    mistake(1, ["describe", "small.yaml", "--out", "disk/small.svg"], "disk/small.svg", "Read-only file system")
+    expect_mistake(1, run("sink.files.path=disk/out"), "disk/out", "Read-only file system")
+    expect_mistake(1, ["replay", "day.npz", "--to", "disk/out"], "disk/out", "Read-only file system")
+    expect_mistake(1, ["describe", "small.yaml", "--out", "disk/small.svg"], "disk/small.svg", "Read-only file system")
 
 
 def test_a_metrics_port_that_is_taken(here: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-        mistake(1, [*run(PERSISTENCE), "--metrics-port", port], f"--metrics-port {port}: ", "in use")
+        expect_mistake(1, [*run(PERSISTENCE), "--metrics-port", port], f"--metrics-port {port}: ", "in use")
     assert not (here / "out").exists()
     served = CliRunner().invoke(app, [*run(PERSISTENCE), "--metrics-port", "0"])
     assert served.exit_code == 0

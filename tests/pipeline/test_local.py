@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import FolderSink, Guesser, ListSource, Window, chain, readings, run
 
-from stepstream.connectors.base import DeadLetter, InputError, Partition
-from stepstream.connectors.output import writing
+from stepstream.connectors.base import InputError, Partition
 from stepstream.connectors.records import Origin, Record
 from stepstream.operators.base import Context, Operator, State
 from stepstream.pipeline.commits import StateDirectory
@@ -491,31 +490,3 @@ def test_offsets_that_go_back_or_are_of_elsewhere_are_refused(tmp_path: Path) ->
     stray = [*readings(5, 1), *readings(1, 1, topic="other")]
     with pytest.raises(EngineError, match="offset 0 of other/0, expected one of in/0"):
         run(tmp_path, ListSource({IN: stray}))
-
-
-def test_a_reader_that_left_is_told_apart_from_a_full_disk(tmp_path: Path) -> None:
-    class Pipe(FolderSink):
-        def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
-            reader, writer = os.pipe()
-            os.close(reader)
-            with writing("standard output"):
-                os.write(writer, b"x")
-
-    with pytest.raises(BrokenPipeError):
-        LocalEngine(LocalEngine.Options()).run(Task(chain(), Metrics()), ListSource(log()), Pipe(tmp_path))
-
-
-def test_where_state_cannot_be_kept_is_said(tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path)
-    tmp_path.write_text("a file")
-    engine = LocalEngine(LocalEngine.Options())
-    with pytest.raises(EngineError, match="cannot keep state there: Not a directory"):
-        engine.run(Task(chain(), Metrics()), ListSource(log()), FolderSink(tmp_path), tmp_path / ".stepstream")
-    tmp_path.unlink()
-
-
-def test_a_task_with_state_is_not_taken(tmp_path: Path) -> None:
-    task = Task(chain(), Metrics())
-    task.process(readings(5, 1))
-    with pytest.raises(ValueError, match="a run needs a fresh one"):
-        LocalEngine(LocalEngine.Options()).run(task, ListSource(log()), FolderSink(tmp_path))
