@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ class Command:
         return self._process.is_alive()
 
     def signal(self, number: signal.Signals) -> None:
+        """Sends a signal, which a command that has ended does not mind."""
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, number)
 
     def wait(self) -> Done:
         self._process.join(TIMEOUT_S)

@@ -198,10 +198,20 @@ def readings(count: int, seed: int, topic: str = "in", partition: int = 0, keys:
 
 
 class ListSource(Source):
-    """Records of one or more partitions. `seed`: polls are short at random, some empty, and partitions interleave."""
+    """Records of one or more partitions. `seed`: polls are short at random, some empty, and partitions interleave.
 
-    def __init__(self, logs: Mapping[Partition, list[Record]], seed: int | None = None, delay_s: float = 0) -> None:
+    `held`: the last record of each partition never comes, so that whoever wants to kill the run cannot come too late.
+    """
+
+    def __init__(
+        self,
+        logs: Mapping[Partition, list[Record]],
+        seed: int | None = None,
+        delay_s: float = 0,
+        held: bool = False,
+    ) -> None:
         self.logs = dict(logs)
+        self.held = held
         self.at = dict.fromkeys(self.logs, 0)
         self.rng = None if seed is None else random.Random(seed)
         self.delay_s = delay_s
@@ -220,7 +230,7 @@ class ListSource(Source):
         time.sleep(self.delay_s)
         most = max_records if self.rng is None else self.rng.randint(0, max_records)
         out: list[Record] = []
-        while len(out) < most and (open_ := [p for p, log in self.logs.items() if self.at[p] < len(log)]):
+        while len(out) < most and (open_ := [p for p, log in self.logs.items() if self.at[p] < len(log) - self.held]):
             partition = open_[0] if self.rng is None else self.rng.choice(open_)
             out.append(self.logs[partition][self.at[partition]])
             self.at[partition] += 1
@@ -320,10 +330,10 @@ def whole(task: Task, records: Sequence[Record], cuts: Sequence[int] = (), end: 
 
 
 def main(folder: str, count: str, delay_s: str) -> None:
-    """A slow run in a process of its own."""
+    """A slow run in a process of its own, which lasts until a signal ends it."""
     from stepstream.pipeline.signals import stop_on_signals
 
-    source = ListSource({("in", 0): readings(int(count), 5)}, seed=os.getpid(), delay_s=float(delay_s))
+    source = ListSource({("in", 0): readings(int(count), 5)}, seed=os.getpid(), delay_s=float(delay_s), held=True)
     with stop_on_signals() as stop:
         print("ready", flush=True)
         result = run(Path(folder), source, stop)
