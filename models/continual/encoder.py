@@ -1,0 +1,159 @@
+"""Transformer encoders of any depth in the banded-causal form: every layer steps from its own cache."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepstream.models.base import Tree
+from stepstream.models.continual.attention import ContinualAttention, Positions
+from stepstream.models.continual.base import Layer
+from stepstream.models.continual.cache import Precision
+
+__all__ = ["Activation", "Encoder", "EncoderLayer"]
+
+Activation = Literal["relu", "gelu"]
+# In place where autograd allows it: the hidden layer of many tokens is the largest tensor there is.
+_ACTIVATIONS = {"relu": F.relu_, "gelu": F.gelu}
+
+
+class EncoderLayer(Layer):
+    """Attention over the last `memory` steps and a feed-forward network, pre-norm or post-norm.
+
+    Parameters are named and shaped as those of torch.nn.TransformerEncoderLayer, which `forward` equals under a banded
+    mask. Options that are not listed here are those of `ContinualAttention`. Dropout only in training.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        memory: int,
+        feedforward: int = 2048,
+        *,
+        activation: Activation = "relu",
+        norm_first: bool = False,
+        norm_eps: float = 1e-5,
+        bias: bool = True,
+        dropout: float = 0.0,
+        kv_heads: int | None = None,
+        positions: Positions = "none",
+        absent: bool = False,
+        cache: Precision = "parameters",
+    ) -> None:
+        super().__init__()
+        self.self_attn = ContinualAttention(
+            width,
+            heads,
+            memory,
+            kv_heads=kv_heads,
+            bias=bias,
+            positions=positions,
+            absent=absent,
+            cache=cache,
+            dropout=dropout,
+        )
+        self.linear1 = nn.Linear(width, feedforward, bias=bias)
+        self.linear2 = nn.Linear(feedforward, width, bias=bias)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps, bias=bias)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps, bias=bias)
+        self.activation: Activation = activation
+        self.norm_first, self.dropout = norm_first, nn.Dropout(dropout)
+        self.receptive_field = memory
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the attention is given: [..., width] -> the same."""
+        return self.norm1(x) if self.norm_first else x
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention: residuals, norms and the feed-forward network; [..., width] -> the same."""
+        x = x + self.dropout(attended)
+        if self.norm_first:
+            return x + self._feedforward(self.norm2(x))
+        x = self.norm1(x)
+        result: Tensor = self.norm2(x + self._feedforward(x))
+        return result
+
+    def _feedforward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))
+        result: Tensor = self.dropout(self.linear2(hidden))
+        return result
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """[B, T, width] -> [B, T, width]; `present` bool [B, T]: False marks an absent step."""
+        return self.finish(x, self.self_attn(self.before(x), present))
+
+    def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
+        """The attention's."""
+        return self.self_attn.initial_state(streams, device)
+
+    def step(self, x: Tensor, state: Tree, rows: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """[B, width] -> [B, width]; `present` bool [B]."""
+        return self.advance(x, state, rows, None, present)[0]
+
+    def advance(
+        self,
+        x: Tensor,
+        state: Tree,
+        rows: Tensor | None = None,
+        due: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, width] -> [B, width], emitted where due."""
+        attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
+        return self.finish(x, attended), due
+
+
+class Encoder(Layer):
+    """`layers` encoder layers, and a norm at the end if `final_norm`: receptive field layers (memory - 1) + 1.
+
+    Deep Continual Transformers: with more than one layer, the step equals the window form under a *banded* mask, in
+    which step t of every layer sees steps t - memory + 1 .. t of the layer below. A network trained without that mask
+    gives other numbers; train or fine-tune it with `forward`. Parameters are named as torch.nn.TransformerEncoder's.
+    Options are those of `EncoderLayer`.
+    """
+
+    def __init__(
+        self, layers: int, width: int, heads: int, memory: int, *, final_norm: bool = False, **options: Any
+    ) -> None:
+        super().__init__()
+        if layers < 1:
+            raise ValueError(f"layers is {layers}: at least 1 was expected")
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, memory, **options) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=options.get("norm_eps", 1e-5)) if final_norm else None
+        self.receptive_field = layers * (memory - 1) + 1
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """[B, T, width] -> [B, T, width]; `present` bool [B, T]: False marks an absent step."""
+        for layer in self.layers:
+            x = layer(x, present)
+        return x if self.norm is None else self.norm(x)
+
+    def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
+        """One state a layer."""
+        return {f"layer{i}": _layer(layer).initial_state(streams, device) for i, layer in enumerate(self.layers)}
+
+    def step(self, x: Tensor, state: Tree, rows: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """[B, width] -> [B, width]; `present` bool [B]."""
+        return self.advance(x, state, rows, None, present)[0]
+
+    def advance(
+        self,
+        x: Tensor,
+        state: Tree,
+        rows: Tensor | None = None,
+        due: Tensor | None = None,
+        present: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, width] -> [B, width], emitted where due."""
+        for i, layer in enumerate(self.layers):
+            x, due = _layer(layer).advance(x, state[f"layer{i}"], rows, due, present)
+        return (x if self.norm is None else self.norm(x)), due
+
+
+def _layer(module: nn.Module) -> EncoderLayer:
+    assert isinstance(module, EncoderLayer)
+    return module

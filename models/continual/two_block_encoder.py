@@ -1,0 +1,110 @@
+"""The two-block encoder whose first block looks both ways: exact at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepstream.models.base import Tree
+from stepstream.models.continual.attention import attend
+from stepstream.models.continual.base import Layer, NotSteppable, fresh_clock, tick
+from stepstream.models.continual.cache import empty_ring, read_ring, write_ring
+from stepstream.models.continual.encoder import EncoderLayer
+
+__all__ = ["TwoBlockEncoder"]
+
+
+class TwoBlockEncoder(Layer):
+    """Two encoder layers over the last `memory` steps, unmasked, of which the newest output is kept.
+
+    At every step the output is the last one of torch.nn.TransformerEncoder (two layers, no mask) over the newest
+    `memory` inputs, or over all inputs so far while there are fewer: the model of Continual Transformers (Hedegaard et
+    al., arXiv:2201.06268), there made from a retroactive and a single-output block. In a window that slides, every
+    output of the first block changes at every step, and with them the second block's keys and values; nothing short of
+    that is exact. Cached are the inputs and the first block's queries, keys and values, so a step projects one token;
+    then it attends with all T queries, runs the first feed-forward network on T tokens, projects T keys and values, and
+    runs the second block for one query. The paper instead updates softmax sums by subtracting the exponentials of the
+    key that leaves: that loses all digits once logits differ by some twenty, so it is not done here.
+
+    Parameters are named as torch.nn.TransformerEncoder's. Options are those of `EncoderLayer`, without positions other
+    than rotary, which commute with a sliding window, and without absent steps. Dropout only in training.
+    """
+
+    def __init__(self, width: int, heads: int, memory: int, *, final_norm: bool = False, **options: Any) -> None:
+        super().__init__()
+        for name, refused in (("positions", options.get("positions") == "relative"), ("absent", options.get("absent"))):
+            if refused:
+                raise NotSteppable(f"{name}={options[name]!r}: the two-block encoder steps without it")
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, memory, **options) for _ in range(2))
+        self.norm = nn.LayerNorm(width, eps=options.get("norm_eps", 1e-5)) if final_norm else None
+        self.memory = self.receptive_field = memory
+        self.width = width
+
+    def _blocks(self) -> tuple[EncoderLayer, EncoderLayer]:
+        first, second = self.layers
+        assert isinstance(first, EncoderLayer) and isinstance(second, EncoderLayer)
+        return first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] -> [B, T, width]: output t is that of the window which ends at t. Costs T whole windows."""
+        memory = self.memory
+        padded = torch.cat([x.new_zeros(x.shape[0], memory - 1, x.shape[2]), x], dim=1)
+        outputs = []
+        for t in range(x.shape[1]):
+            window = padded[:, t : t + memory]
+            time = torch.arange(t - memory + 1, t + 1, device=x.device)[None].expand(x.shape[0], -1)
+            outputs.append(self._newest(window, time, *self._project(window, time)))
+        return torch.stack(outputs, dim=1)
+
+    def _project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first block's queries, keys and values of tokens [B, T, width]: [B, heads, T, head width]."""
+        first, _ = self._blocks()
+        q, k, v = first.self_attn.project(first.before(x), time)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _newest(self, tokens: Tensor, time: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The newest token's output, [B, width]; tokens [B, T, width] at `time` [B, T], in any order; < 0: unused."""
+        first, second = self._blocks()
+        batch, steps = tokens.shape[:2]
+        seen = (time >= 0)[:, None, None]
+        attended = attend(q, k, v, seen).transpose(1, 2).reshape(batch, steps, self.width)
+        hidden = first.finish(tokens, first.self_attn.out_proj(attended))
+        newest = time.argmax(dim=1, keepdim=True)
+        own = hidden.gather(1, newest[..., None].expand(-1, 1, self.width))
+        k2, v2 = second.self_attn.project_keys_values(second.before(hidden), time)
+        q2 = second.self_attn.project_query(second.before(own), time.gather(1, newest))
+        one = attend(q2.transpose(1, 2), k2.transpose(1, 2), v2.transpose(1, 2), seen)
+        result = second.finish(own[:, 0], second.self_attn.out_proj(one.reshape(batch, self.width)))
+        return result if self.norm is None else self.norm(result)
+
+    def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
+        """The clock, the last inputs, and the first block's queries, keys and values."""
+        attention = self._blocks()[0].self_attn
+        weight = attention.in_proj_weight
+        device = device or weight.device
+
+        heads = attention.heads + 2 * attention.kv_heads
+        return {
+            "clock": fresh_clock(streams, device),
+            "input": empty_ring(streams, 1, self.memory, self.width, "parameters", weight, device),
+            "projected": empty_ring(streams, heads, self.memory, attention.head_width, "parameters", weight, device),
+        }
+
+    def advance(
+        self, x: Tensor, state: Tree, rows: Tensor | None = None, due: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, width] -> [B, width], emitted where due."""
+        clock = tick(state, rows, due)
+        slots = torch.arange(self.memory, device=x.device)
+        slot = clock % self.memory
+        attention = self._blocks()[0].self_attn
+        projected = torch.cat(self._project(x[:, None], clock[:, None]), dim=1)[:, :, 0]
+        write_ring(state["projected"], rows, slot, projected, due)
+        write_ring(state["input"], rows, slot, x[:, None], due)
+        time = clock[:, None] - (clock[:, None] - slots) % self.memory
+        tokens = read_ring(state["input"], rows, x.dtype)[:, 0]
+        ring = read_ring(state["projected"], rows, x.dtype)
+        heads = [attention.heads, attention.kv_heads, attention.kv_heads]
+        return self._newest(tokens, time, *ring.split(heads, dim=1)), due

@@ -1,0 +1,126 @@
+"""A continual encoder's step against the window of torch.nn and against continual-inference, and its parts' limits.
+
+uv run --group bench python -m tests.bench.continual_attention [FOLDER]
+
+One thread; width 256, 8 heads, feed-forward 1024. Alternatives take turns; medians of CPU time.
+"layer": one encoder layer. "two-blocks": the exact two-block encoder, batch 1. "query": one query's attention over the
+cached keys and values, against reading both once (their sum, the fastest pass over them that torch has). "ragged": a
+thousand streams, each on its own clock, in one call against one call each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from continual import SingleOutputTransformerEncoderLayer, TransformerEncoder, TransformerEncoderLayerFactory
+from tests.bench.common import cpu_seconds, report
+from torch import nn
+
+from stepstream.models.continual.attention import ContinualAttention, attend
+from stepstream.models.continual.encoder import EncoderLayer
+from stepstream.models.continual.two_block_encoder import TwoBlockEncoder
+
+WIDTH, HEADS, FEEDFORWARD = 256, 8, 1024
+WINDOWS = (64, 256, 1024)
+
+
+def compared(seconds: dict[str, float]) -> dict[str, Any]:
+    """Milliseconds, and how many times the step each alternative takes."""
+    step = seconds["step"]
+    return {
+        "cpu_ms": {name: round(1e3 * s, 4) for name, s in seconds.items()},
+        "times_the_step": {name: round(s / step, 2) for name, s in seconds.items()},
+    }
+
+
+def torchs(layers: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+
+
+def layer_step(window: int, batch: int) -> dict[str, Any]:
+    """One encoder layer."""
+    ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
+    state, theirs = ours.initial_state(batch), torchs(1)
+    reference = SingleOutputTransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window).eval()
+    x, past = torch.randn(batch, WIDTH), torch.randn(batch, window, WIDTH)
+    reference.forward_steps(past.transpose(1, 2))
+    rounds = 30 if batch * window < 4096 else 7
+    alternatives = {
+        "step": lambda: ours.step(x, state),
+        "window of torch.nn": lambda: theirs(past),
+        "continual-inference": lambda: reference.forward_step(x),
+    }
+    return compared(cpu_seconds(alternatives, rounds))
+
+
+def two_blocks(window: int) -> dict[str, Any]:
+    """The exact two-block encoder."""
+    ours = TwoBlockEncoder(WIDTH, HEADS, window, feedforward=FEEDFORWARD).eval()
+    state, theirs = ours.initial_state(1), torchs(2)
+    factory = TransformerEncoderLayerFactory(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window)
+    reference = TransformerEncoder(factory, num_layers=2).eval()
+    x, past = torch.randn(1, WIDTH), torch.randn(1, window, WIDTH)
+    reference.forward_steps(past.transpose(1, 2))
+    alternatives = {
+        "step": lambda: ours.step(x, state),
+        "window of torch.nn": lambda: theirs(past),
+        "continual-inference": lambda: reference.forward_step(x),
+    }
+    return compared(cpu_seconds(alternatives, 15 if window < 1024 else 5))
+
+
+def query(window: int, batch: int) -> dict[str, Any]:
+    """Single-query attention against the memory's bandwidth."""
+    q = torch.randn(batch, HEADS, 1, WIDTH // HEADS)
+    cache = torch.randn(batch, 2 * HEADS, window, WIDTH // HEADS)
+    k, v = cache.chunk(2, dim=1)
+    seen = torch.ones(batch, 1, 1, window, dtype=torch.bool)
+    seconds = cpu_seconds({"step": lambda: attend(q, k, v, seen), "reading once": lambda: cache.sum()}, 60)
+    rate = cache.numel() * 4 / seconds["reading once"] / 1e9
+    return {
+        "attention_us": round(1e6 * seconds["step"], 1),
+        "reading_us": round(1e6 * seconds["reading once"], 1),
+        "reading_gb_per_s": round(rate, 1),
+        "times_reading": round(seconds["step"] / seconds["reading once"], 2),
+    }
+
+
+def ragged(streams: int = 1000, window: int = 64, width: int = 64) -> dict[str, Any]:
+    """Many streams on their own clocks: one call for all against one call each."""
+    layer = ContinualAttention(width, 4, window).eval()
+    state = layer.initial_state(streams)
+    state["clock"].copy_(torch.randint(0, 5 * window, (streams,)))
+    x, rows = torch.randn(streams, width), torch.randperm(streams)
+    singles = [(x[i : i + 1], rows[i : i + 1]) for i in range(streams)]
+
+    def one_by_one() -> None:
+        for one, row in singles:
+            layer.step(one, state, row)
+
+    seconds = cpu_seconds({"together": lambda: layer.step(x, state, rows), "one by one": one_by_one}, 5, warmup=1)
+    return {
+        "streams": streams,
+        "us_a_stream": {name: round(1e6 * s / streams, 2) for name, s in seconds.items()},
+        "times_the_throughput": round(seconds["one by one"] / seconds["together"], 1),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        report(
+            "continual_attention",
+            {
+                "layer": {f"T={t} B={b}": layer_step(t, b) for b in (1, 32) for t in WINDOWS},
+                "two-blocks": {f"T={t}": two_blocks(t) for t in WINDOWS},
+                "query": {f"T={t} B={b}": query(t, b) for b in (1, 32) for t in WINDOWS},
+                "ragged": ragged(),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
