@@ -73,3 +73,9 @@ def test_the_python_of_the_reference_runs(tmp_path: Path) -> None:
     (text,) = [text for language, text in blocks("pipeline-file.md") if language == "python"]
     assert "assert" in text
     assert run([sys.executable, "-c", text], tmp_path) == ""
+
+
+def test_the_python_of_the_continual_page_runs(tmp_path: Path) -> None:
+    texts = [text for language, text in blocks("continual.md") if language == "python"]
+    assert len(texts) == 3 and sum(text.count("assert") for text in texts) == 2
+    assert run([sys.executable, "-c", "\n".join(texts)], tmp_path).startswith("receptive field 35 delay 0\n")

@@ -79,6 +79,29 @@ def test_the_step_exports(name: str) -> None:
         close(exported(x[:, t], state, rows), layer.step(x[:, t], eager, rows))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_layer
+def test_the_step_is_captured_in_a_cuda_graph(name: str) -> None:
+    layer, rows = build(name).cuda(), torch.tensor([4, 0, 2], device="cuda")
+    inputs = torch.randn(12, 3, WIDTH, device="cuda")
+    x, state, eager = inputs[0].clone(), layer.initial_state(5), layer.initial_state(5)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer.step(x, state, rows)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer.step(x, state, rows)
+    for leaf, fresh in zip(leaves(state).values(), leaves(eager).values(), strict=True):
+        leaf.copy_(fresh)
+    for given in inputs:
+        x.copy_(given)
+        graph.replay()
+        close(y.cpu(), layer.step(given, eager, rows).cpu())
+
+
 GO_ON = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
