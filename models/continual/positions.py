@@ -19,19 +19,17 @@ class Rotary(nn.Module):
     steps.
     """
 
-    frequencies: Tensor
-
     def __init__(self, head_width: int, base: float = 10_000.0) -> None:
         super().__init__()
         if head_width % 2:
             raise ValueError(f"head_width is {head_width}: an even number was expected, rotary turns pairs")
         exponent = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
-        # Not converted with the module: see above.
-        self.frequencies = base**-exponent
+        # As integers, for `.float()` and its like would round a buffer that is seen to hold float64.
+        self.register_buffer("frequency_bits", (base**-exponent).view(torch.int64), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """X [..., T, heads, head_width] at `time` int64 [..., T] -> the same shape, pairs (i, i + width / 2) turned."""
-        angle = time[..., None, None].double() * self.frequencies.to(time.device)
+        angle = time[..., None, None].double() * self.get_buffer("frequency_bits").view(torch.float64)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
