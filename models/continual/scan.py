@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["linear_scan"]
 
 _CHUNK = 16
-_WIDE = 16384
+_WIDE = 8192
 
 
 def linear_scan(a: Tensor, b: Tensor) -> Tensor:
@@ -28,10 +28,17 @@ def linear_scan(a: Tensor, b: Tensor) -> Tensor:
 
     How: chunks of 16 steps, all chunks at once: their ends from zero, a scan over the ends (recursion: one sixteenth of
     the length), and a second pass from the right starts. Depth 32 log_16 T; every element is read twice, written once,
-    and products of factors are kept for whole chunks only. On one CPU thread (complex64, medians) the loop, Hillis and
-    Steele's scan, odd-even recursion and this took 383, 50, 23, 17 ms for 16,384 steps of 64 states, and 32, 48, 31,
-    23 ms for 8 x 1,024 steps of 256; where one step is wider than 16,384 numbers a CPU's loop is bound by memory and
-    reads everything once (108 against 216 ms for 8 x 256 steps of 4,096), so there the loop runs.
+    and products of factors are kept for whole chunks only. Medians in ms, one CPU thread, complex64, factors that
+    change:
+
+    steps x states      loop  Hillis-Steele  odd-even  this
+    1 x 1,024 x 64      10.0       3.0          0.6     1.5
+    1 x 16,384 x 64      165        96           16      11
+    8 x 1,024 x 256       16       188           46      14
+    1 x 512 x 8,192       39       659          106      54
+
+    In chunks, products with the matrix of a constant factor's powers took 2 to 8 times as long. A CPU's loop over steps
+    of 8,192 numbers or more is bound by memory and reads everything once, so there the loop runs.
     """
     if a.dim() != b.dim() or b.dim() < 2:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} need the same axes, at least two")

@@ -165,16 +165,22 @@ def test_a_step_of_no_time_changes_nothing_and_two_halves_make_one() -> None:
     assert not torch.allclose(after(3.0), after(1.5))
 
 
-def test_block_is_the_published_one() -> None:
-    layer = awake(S5Block(4, 6, prenorm=True).double())
+@pytest.mark.parametrize("gate", ["half", "inner", "full", "none"])
+def test_block_is_the_published_one(gate: Literal["half", "inner", "full", "none"]) -> None:
+    layer = awake(S5Block(4, 6, gate=gate).double())
     x = inputs(2, 30, 4, torch.float64)
+
+    def gated(s: Tensor) -> Tensor:
+        g = F.gelu(s, approximate="tanh")
+        if gate == "none":
+            return g
+        opening = torch.sigmoid(layer.gate_weight(g))
+        return opening * {"half": lambda: g, "inner": lambda: s, "full": lambda: layer.value_weight(g)}[gate]()
+
     with torch.no_grad():
-        g = F.gelu(plain(layer.ssm, layer.norm(x)), approximate="tanh")
-        assert layer.gate_weight is not None
-        close(layer(x), x + g * torch.sigmoid(layer.gate_weight(g)))
+        close(layer(x), x + gated(plain(layer.ssm, layer.norm(x))))
         layer.prenorm = False
-        g = F.gelu(plain(layer.ssm, x), approximate="tanh")
-        close(layer(x), layer.norm(x + g * torch.sigmoid(layer.gate_weight(g))))
+        close(layer(x), layer.norm(x + gated(plain(layer.ssm, x))))
         timed = awake(S5Block(3, 6, timed=True).double())
         assert torch.equal(timed(x)[..., -1], x[..., -1])
 
