@@ -119,7 +119,8 @@ class Sequential(_Container):
     delay and receptive field add up, counted in inputs of the whole; strides multiply. What follows a layer with
     upsampling u runs u times a step; it may not emit some of a step's outputs and keep the others for the next, so
     NotSteppable is raised if its stride is neither a multiple nor a divisor of u, or its delay not a multiple of u (of
-    stride s: the delay modulo u must be below s).
+    stride s: the delay modulo u must be below s). There, receptive_field is an upper bound, as the outputs of one step
+    need not all see the same inputs.
     """
 
     def __init__(self, *parts: Layer | Mapping[str, Layer]) -> None:

@@ -178,11 +178,11 @@ class _Conv(Windowed):
     def _output(self, window: Tensor) -> Tensor:
         """[B, C, kernel, space...] -> [B, out, space...]: the taps are channels of a product, or of a convolution."""
         if self.axes == 1 and self.groups == 1:
-            weight = self.weight.flatten(1)
-            if window.shape[0] == 1 and self.bias is not None:
-                # A matrix times a vector: a third faster than a product of matrices of which one is a row.
-                return torch.addmv(self.bias, weight, window.flatten()).unsqueeze(0)
-            return F.linear(window.flatten(1), weight, self.bias)
+            weight, bias = self.weight.flatten(1), self.bias
+            if window.shape[0] == 1 and bias is not None:
+                # A matrix times a vector: faster than a product of matrices of which one is a row.
+                return torch.addmv(bias, weight, window.view(-1)).unsqueeze(0)
+            return F.linear(window.flatten(1), weight, bias)
         if self.axes == 1:
             return F.conv1d(window, self.weight, self.bias, groups=self.groups).squeeze(-1)
         if self.groups > 1 and max(self.space_kernel) > 1:

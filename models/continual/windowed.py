@@ -75,7 +75,7 @@ def shift(past: Tensor, x: Tensor, index: Tensor | None, due: Tensor | None, axi
     """
     before = past if index is None else past.index_select(0, index)
     window = torch.cat([before, x.unsqueeze(axis)], dim=axis)
-    after = window.detach().narrow(axis, 1, before.shape[axis])
+    after = (window.detach() if window.requires_grad else window).narrow(axis, 1, before.shape[axis])
     if due is not None:
         after = torch.where(over(due, after), after, before)
     if index is None:

@@ -101,12 +101,12 @@ def measured_field(layer: Layer, x: Tensor) -> int:
     return int(back[changed].max())
 
 
-def check_compiled(layer: Layer, x: Tensor, backend: str = "aot_eager") -> None:
-    """A compiled step gives the eager step's outputs and states, with rows and without; x [B, T, ...]."""
+def check_compiled(layer: Layer, x: Tensor, backend: str = "aot_eager", without_rows: bool = False) -> None:
+    """A compiled step gives the eager step's outputs and states, with rows, or also without; x [B, T, ...]."""
     torch._dynamo.reset()
     compiled = torch.compile(layer.advance, fullgraph=True, backend=backend)
     with torch.no_grad():
-        for rows in (None, torch.arange(x.shape[0]).flip(0)):
+        for rows in [torch.arange(x.shape[0]).flip(0), *([None] if without_rows else [])]:
             a, b = (layer.initial_state(x.shape[0]) for _ in range(2))
             for t in range(x.shape[1]):
                 (y, due), (wanted, wanted_due) = compiled(x[:, t], a, rows), layer.advance(x[:, t], b, rows)
