@@ -47,11 +47,20 @@ class DeadLetter:
 class Source(ABC):
     """An input log of one or more partitions, each a sequence of records numbered by offset from 0.
 
-    Reading is repeatable: after `seek`, the same records with the same offsets come again.
+    Reading is repeatable: after `seek`, the same records with the same offsets come again. A source that cannot see to
+    that by itself (a pipe) has a `proof`, or is not `repeatable`.
     """
 
     Options: ClassVar[type[Options]] = Options
     finite: ClassVar[bool] = True
+
+    @property
+    def repeatable(self) -> bool:
+        """False: what was polled never comes again, and `seek` only says at which offset the next record stands.
+
+        An engine then commits with a snapshot each time, and commits all it was given when it is asked to stop.
+        """
+        return True
 
     @abstractmethod
     def partitions(self) -> Sequence[Partition]:
@@ -74,6 +83,23 @@ class Source(ABC):
 
         Called at most once, after `seek` and before the first `poll`. Does nothing where there is no pace to keep.
         """
+
+    def proof(self, offsets: Mapping[Partition, int]) -> str | None:
+        """What shows a later run that its input is the same before `offsets`; None where there is no doubt.
+
+        Asked only for offsets behind a record of the last poll that gave any, or where `seek` led.
+        """
+        return None
+
+    def expect(self, offsets: Mapping[Partition, int], proof: str | None) -> None:
+        """An earlier run had this `proof` at `offsets`; called at most once, before the first `poll`.
+
+        A source that needs one lets no poll reach past `offsets` together with records before them, and raises
+        InputError, here or from `poll`, if the input turns out to be another one, before it gives any record behind.
+        """
+
+    def drain(self) -> None:
+        """The run is to stop: from now on `poll` gives only what was taken in already, and then nothing."""
 
     @property
     @abstractmethod

@@ -67,6 +67,9 @@ class _Lines:
             self.flush()
 
     def flush(self) -> None:
+        """Hands all lines to the system: readers see them, a crash of the machine may still take them."""
+        if not self._buffer:
+            return
         rest = memoryview(self._buffer)
         with rest, writing(self.path):
             at = 0
@@ -96,10 +99,10 @@ class _Lines:
 class Files(base.Sink):
     """A folder with forecasts.jsonl and forecasts.parquet, scores.jsonl, dead_letters.jsonl, and KIND.jsonl for others.
 
-    While it runs, the Parquet rows are in `.parts/`, one part per commit; `finish` merges them. The bytes of all files
-    are a function of the records alone, however often the run was interrupted. When a file cannot be written (full
-    disk), OutputError names it, and what was prepared before stays as whole, readable lines and parts. One run at a
-    time may hold the folder.
+    Lines are in their files when `write` returns. While it runs, the Parquet rows are in `.parts/`, one part for each
+    commit; `finish` merges them. The bytes of all files are a function of the records alone, however often the run was
+    interrupted. When a file cannot be written (full disk), OutputError names it, and what was prepared before stays as
+    whole, readable lines and parts. One run at a time may hold the folder.
     """
 
     class Options(base.Options):
@@ -287,6 +290,9 @@ class Files(base.Sink):
                 self._write_record(record)
             for letter in dead:
                 self._lines(_DEAD_LETTERS).add(dead_letter_to_json(letter))
+            # Whoever follows a file of a live stream sees a line when it is there, not a megabyte later.
+            for file in self._files.values():
+                file.flush()
 
     def _write_record(self, record: Record) -> None:
         payload = record.value

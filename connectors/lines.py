@@ -27,6 +27,11 @@ class LineSplitter:
         self._part = bytearray()
         self._cut = False
 
+    @property
+    def within(self) -> bool:
+        """Whether a line has begun that has not ended."""
+        return bool(self._part) or self._cut
+
     def feed(self, chunk: bytes) -> None:
         """Appends to `lines` the lines that `chunk` completes."""
         *whole, rest = chunk.split(b"\n")

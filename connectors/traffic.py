@@ -17,7 +17,9 @@ from pydantic import Field, field_validator
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError
 from stepstream.connectors.times import format_time, parse_time
-from stepstream.connectors.traffic_graph import Graph, check_graph, read_graph
+from stepstream.connectors.traffic_graph import Graph, check_graph
+from stepstream.connectors.traffic_network import read_network
+from stepstream.connectors.traffic_positions import position_graph, positions_beside
 
 __all__ = ["TrafficOptions", "TrafficRecording", "build_recording", "recording_name"]
 
@@ -34,7 +36,7 @@ class TrafficOptions(base.Options):
 
     `start` (ISO 8601), `step_s`: for layouts without a time axis. `feature`: which of the F values of a [T, N, F]
     layout. `zero_is_missing`: a zero is a failed detector, not a standing car (METR-LA, PEMS). `graph`: a file of
-    distances or weights that goes with the recording. `name`: instead of the one made from the file's name.
+    distances, weights or positions that goes with the recording. `name`: instead of the one made from the file's name.
     """
 
     start: str | None = None
@@ -58,8 +60,9 @@ class TrafficRecording:
 
     `values`: float32 [T, N] in `unit` ("" if the file does not state it), NaN where missing. `times_ns`: int64 [T],
     strictly ascending, the start of each frame's slot; a recording may skip time (weekends, outages). `step_s`: length
-    of a slot. `positions`: float64 [N, 2] latitude and longitude in degrees, or None. `graph`: directed edges, or None.
-    `notes`: what a reader had to assume, for the user's eyes. Arrays are read-only.
+    of a slot. `positions`: float64 [N, 2] latitude and longitude in degrees, or None. `graph`: directed edges, or None;
+    `graph_from`: where they come from ("recording", "file NAME", "positions", "positions in NAME"), "" if nowhere.
+    `notes`: what a reader had to assume or found strange, for the user's eyes. Arrays are read-only.
     """
 
     name: str
@@ -71,6 +74,7 @@ class TrafficRecording:
     unit: str = ""
     positions: npt.NDArray[np.float64] | None = None
     graph: Graph | None = None
+    graph_from: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,8 +99,11 @@ class TrafficRecording:
             "end": format_time(self.end_ns, ""),
             "step_s": self.step_s,
             "missing_fraction": round(float(np.isnan(self.values).mean()), 4),
+            "negative_values": int((self.values < 0).sum()),
+            "longest_gap_s": longest_gap(self.times_ns, self.step_s)[1],
             "unit": self.unit,
             "edges": None if self.graph is None else len(self.graph[0]),
+            "graph_from": self.graph_from or None,
             "positions": self.positions is not None,
             "notes": list(self.notes),
         }
@@ -128,6 +135,30 @@ def usual_step_s(times_ns: npt.NDArray[np.int64]) -> int:
     return max(1, round(int(steps[counts.argmax()]) / 1_000_000_000))
 
 
+def longest_gap(times_ns: npt.NDArray[np.int64], step_s: int) -> tuple[int, float]:
+    """Where time skips most: the frame before the gap, and the seconds to the next one; (0, 0) if it never does."""
+    steps = np.diff(times_ns)
+    if not len(steps) or int(steps.max()) <= step_s * 1_000_000_000:
+        return 0, 0.0
+    return int(steps.argmax()), int(steps.max()) / 1_000_000_000
+
+
+def _remarks(values: npt.NDArray[np.float32], times_ns: npt.NDArray[np.int64], step_s: int) -> list[str]:
+    """What is strange about a recording although it can be read."""
+    remarks = []
+    negative = int((values < 0).sum())
+    if negative:
+        lowest = float(np.nanmin(values))
+        remarks.append(f"{negative} negative values, the lowest {lowest:g}: `align` rejects them (its option negative)")
+    at, seconds = longest_gap(times_ns, step_s)
+    if seconds:
+        count = int((np.diff(times_ns) > step_s * 1_000_000_000).sum())
+        begin, end = format_time(int(times_ns[at]), ""), format_time(int(times_ns[at + 1]), "")
+        often = "once" if count == 1 else f"{count} times"
+        remarks.append(f"time skips frames {often}, most of them from {begin} to {end} ({seconds / 86_400:.3g} days)")
+    return remarks
+
+
 def _check_times(path: Path, times_ns: npt.NDArray[np.int64], frames: int) -> None:
     if times_ns.shape != (frames,):
         raise InputError(f"{path}: times: expected {frames}, one a frame, got shape {list(times_ns.shape)}")
@@ -138,6 +169,30 @@ def _check_times(path: Path, times_ns: npt.NDArray[np.int64], frames: int) -> No
             f"{path}: times: frame {at + 1} ({format_time(int(times_ns[at + 1]), '')}) is not after "
             f"frame {at} ({format_time(int(times_ns[at]), '')})"
         )
+
+
+def _network(
+    path: Path,
+    options: TrafficOptions,
+    sensors: tuple[str, ...],
+    graph: Graph | None,
+    places: npt.NDArray[np.float64] | None,
+) -> tuple[Graph | None, npt.NDArray[np.float64] | None, str]:
+    """Edges, positions, and where the edges come from: the option, the recording, else positions, wherever they are."""
+    where = "positions"
+    if options.graph is not None:
+        graph, found = read_network(options.graph, sensors)
+        if graph is not None:
+            return graph, places, f"file {options.graph.name}"
+        places, where = found, f"positions in {options.graph.name}"
+    elif graph is not None:
+        return check_graph(path, graph, len(sensors)), places, "recording"
+    elif places is None and (beside := positions_beside(path, sensors)) is not None:
+        places, where = beside[0], f"positions in {beside[1]}"
+    graph = None if places is None else position_graph(places)
+    if graph is None:
+        return None, places, ""
+    return check_graph(path, graph, len(sensors)), places, where
 
 
 def build_recording(
@@ -181,12 +236,11 @@ def build_recording(
         data[data == 0] = np.nan
     if positions is not None and np.shape(positions) != (count, 2):
         raise InputError(f"{path}: positions: expected [{count}, 2], got {list(np.shape(positions))}")
-    if options.graph is not None:
-        graph = read_graph(options.graph, names)
-    elif graph is not None:
-        graph = check_graph(path, graph, count)
     places = None if positions is None else np.array(positions, np.float64)
+    graph, places, origin = _network(path, options, names, graph, places)
     times_ns = np.array(times_ns, np.int64)
+    step_s = usual_step_s(times_ns) if step_s is None else step_s
+    notes += _remarks(data, times_ns, step_s)
     for array in (data, times_ns, places):
         if array is not None:
             array.setflags(write=False)
@@ -196,9 +250,10 @@ def build_recording(
         sensors=names,
         values=data,
         times_ns=times_ns,
-        step_s=usual_step_s(times_ns) if step_s is None else step_s,
+        step_s=step_s,
         unit=unit,
         positions=places,
         graph=graph,
+        graph_from=origin,
         notes=tuple(notes),
     )

@@ -1,4 +1,4 @@
-"""Graphs of sensor networks from files: road distances, edge weights, or a whole matrix.
+"""Graphs of sensor networks: from road distances, edge weights, or a whole matrix.
 
 Distances become weights as in DCRNN (Li et al., ICLR 2018, arXiv:1707.01926, and its gen_adj_mx.py):
 w = exp(-(d / sigma)^2) with sigma the standard deviation of all distances, and 0 where w < k = 0.1. Edges are directed.
@@ -6,7 +6,6 @@ w = exp(-(d / sigma)^2) with sigma the standard deviation of all distances, and 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,13 +16,12 @@ import numpy.typing as npt
 from stepstream.connectors.base import InputError
 from stepstream.connectors.npz import Npz
 
-__all__ = ["Graph", "check_graph", "dense_graph", "gaussian_graph", "npz_graph", "read_graph"]
+__all__ = ["Graph", "check_graph", "dense_graph", "edges_from_rows", "gaussian_graph", "npz_graph"]
 
 Graph: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32]]
 """Directed edges: row (from), column (to) as indices of sensors, and weight."""
 
 THRESHOLD = 0.1
-MAX_GRAPH_BYTES = 2**30
 
 _DISTANCES = {"cost", "distance", "dist"}
 _WEIGHTS = {"weight", "w", "value"}
@@ -94,7 +92,8 @@ def npz_graph(archive: Npz, sensors: int) -> Graph | None:
     return None
 
 
-def _number(path: Path, line: int, text: str) -> float:
+def number_at(path: Path, line: int, text: str) -> float:
+    """The number in a field; raises InputError naming the line."""
     try:
         number = float(text)
     except ValueError:
@@ -104,20 +103,19 @@ def _number(path: Path, line: int, text: str) -> float:
     return number
 
 
-def _read_edges(path: Path, rows: list[list[str]], sensors: Sequence[str]) -> Graph:
-    header = [cell.strip().lower() for cell in rows[0]]
-    kind = header[2]
+def _edges(path: Path, rows: list[list[str]], sensors: Sequence[str], kind: str, first: int) -> Graph:
+    """Edges from rows of from, to and a number; `first`: the row below the header."""
     index = {sensor: i for i, sensor in enumerate(sensors)}
     edges: dict[tuple[int, int], float] = {}
-    for line, cells in enumerate(rows[1:], start=2):
+    for line, cells in enumerate(rows[first:], start=first + 1):
         if len(cells) != 3:
             raise InputError(f"{path}: line {line}: expected 3 fields (from, to, {kind}), got {len(cells)}")
-        number = _number(path, line, cells[2])
+        number = number_at(path, line, cells[2])
         source, target = index.get(cells[0].strip()), index.get(cells[1].strip())
         if source is not None and target is not None:  # distance lists often cover more sensors than a recording
             edges[source, target] = number
     if not edges:
-        some = rows[1][0] if len(rows) > 1 else "nothing"
+        some = rows[first][0] if len(rows) > first else "nothing"
         raise InputError(
             f"{path}: graph: names none of the recording's sensors (it has {some!r}, they are {sensors[0]!r} ..)"
         )
@@ -129,44 +127,23 @@ def _read_edges(path: Path, rows: list[list[str]], sensors: Sequence[str]) -> Gr
     return check_graph(path, (pairs[kept, 0], pairs[kept, 1], numbers[kept].astype(np.float32)), len(sensors))
 
 
-def read_graph(path: Path, sensors: Sequence[str]) -> Graph:
-    """The graph in a file, for these sensors: directed edges (from, to, weight).
+def edges_from_rows(path: Path, rows: list[list[str]], sensors: Sequence[str]) -> Graph | None:
+    """The graph in rows of csv: with a header from,to,cost (or weight), without one as distances, or a whole matrix.
 
-    csv with the header from,to,cost (distances), csv with from,to,weight, csv with N rows of N weights and no header,
-    or npz (see `npz_graph`). Raises InputError naming the file and what was expected.
+    None if they are none of these. Raises InputError for what is one and has a mistake, and for what could be two.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_GRAPH_BYTES:
-            raise InputError(f"{path}: graph: larger than {MAX_GRAPH_BYTES} bytes")
-        with path.open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        raise InputError(f"{path}: graph: {error.strerror}") from None
-    if head.startswith(b"PK\x03\x04"):
-        with Npz(path) as archive:
-            graph = npz_graph(archive, len(sensors))
-            if graph is None:
-                found = ", ".join(sorted(archive)) or "nothing"
-                raise InputError(f"{path}: graph: expected adj_row, adj_col, adj_w or adjacency; it holds {found}")
-            return graph
-    if head[:1] == b"\x80":
-        raise InputError(f"{path}: graph: a pickle is never read (it can run code); give the distances csv instead")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as text:
-            rows = [row for row in csv.reader(text) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: graph: expected csv or npz ({error})") from None
-    if not rows:
-        raise InputError(f"{path}: graph: the file is empty")
     header = [cell.strip().lower() for cell in rows[0]]
     if header[:2] == ["from", "to"] and len(header) == 3 and header[2] in _DISTANCES | _WEIGHTS:
-        return _read_edges(path, rows, sensors)
-    widths = {len(row) for row in rows}
-    if widths != {len(sensors)} or len(rows) != len(sensors):
+        return _edges(path, rows, sensors, header[2], 1)
+    widths, known = {len(row) for row in rows}, set(sensors)
+    named = [len(row) == 3 and row[0].strip() in known and row[1].strip() in known for row in rows]
+    matrix = widths == {len(sensors)} and len(rows) == len(sensors)
+    if matrix and all(named):
         raise InputError(
-            f"{path}: graph: expected the header from,to,cost (or from,to,weight), or {len(sensors)} rows of "
-            f"{len(sensors)} weights; got {len(rows)} rows of {min(widths)} to {max(widths)} fields"
+            f"{path}: graph: three rows of three could be distances or a matrix of weights; "
+            "give it the header from,to,cost or from,to,weight"
         )
-    matrix = np.array([[_number(path, line, cell) for cell in row] for line, row in enumerate(rows, start=1)])
-    return dense_graph(path, matrix, len(sensors))
+    if matrix:
+        numbers = [[number_at(path, line, cell) for cell in row] for line, row in enumerate(rows, start=1)]
+        return dense_graph(path, np.array(numbers), len(sensors))
+    return _edges(path, rows, sensors, "cost", 0) if any(named) else None

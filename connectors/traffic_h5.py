@@ -70,6 +70,10 @@ def _read(path: Path, file: h5py.File, options: TrafficOptions) -> TrafficRecord
         found = ", ".join(group.name for group in groups) or "none"
         raise InputError(f"{path}: expected one group with axis0, axis1, block0_items, block0_values; found {found}")
     group = groups[0]
+    for axis, what in (("axis1", "frames"), ("axis0", "sensors")):
+        # Where an array has no elements pandas writes one of size 1, and what it should have been into attributes.
+        if {"shape", "value_type"} <= set(group[axis].attrs):
+            raise InputError(f"{path}: {group.name}/{axis}: there are no {what}: an empty recording")
     sensors, times = _names(path, group, "axis0"), _times(path, group)
     check_cells(path, f"{group.name}/axis1 x axis0", len(times), len(sensors))
     at = {sensor: i for i, sensor in enumerate(sensors)}

@@ -42,6 +42,24 @@ _ENTRIES = (
         "spatial-temporal transformer, banded-causal in time",
     ),
     ModelEntry(
+        "dcrnn",
+        "stepstream.models.dcrnn:DCRNN",
+        "traffic",
+        "model",
+        "unbounded",
+        "unrolled steps, to 1e-5 in float32",
+        "diffusion-convolutional recurrent network over the roads",
+    ),
+    ModelEntry(
+        "graph-cell",
+        "stepstream.models.graph_cells:GraphCellModel",
+        "traffic",
+        "model",
+        "unbounded; A3TGCN: periods - 1 + max age",
+        "unrolled steps, to 1e-5 in float32",
+        "a recurrent cell of torch-geometric-temporal: DCRNN, GConvGRU, GConvLSTM, GCLSTM, TGCN, A3TGCN",
+    ),
+    ModelEntry(
         "persistence",
         "stepstream.models.persistence:Persistence",
         "traffic",
@@ -111,6 +129,8 @@ def load_model(name: str, weights: str | Path) -> LoadedModel:
         raise WeightsError(f"{found.folder} holds weights of {found.card.model!r}, not of {name!r}")
     try:
         model = cls.from_card(found.card.model_dump(mode="json"))
+    except WeightsError:
+        raise
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{found.folder / 'card.json'} does not describe a {name!r} that can be built: {error}"

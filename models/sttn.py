@@ -15,7 +15,38 @@ from torch import Tensor, nn
 
 from stepstream.models.base import StreamModel, Tree
 
-__all__ = ["STTN", "STTNConfig"]
+__all__ = ["STTN", "BlockSizes", "STTNConfig", "STTNSizes"]
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Sizes within one block of an STTN: everything that is not of the width that all blocks share.
+
+    `*_query`: channels of queries and keys, `*_value`: of values, both for each head. `*_hidden`: of the feed-forward
+    layer. `graph`: which channels, of `width`, the fixed graph convolution reads.
+    """
+
+    spatial_query: int
+    spatial_value: int
+    spatial_hidden: int
+    temporal_query: int
+    temporal_value: int
+    temporal_hidden: int
+    graph: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class STTNSizes:
+    """Sizes within an STTN whose channels were pruned: see `stepstream.models.continual.pruning`."""
+
+    blocks: tuple[BlockSizes, ...]
+    head: int
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> STTNSizes:
+        """From the JSON form of a card."""
+        blocks = (BlockSizes(**{**block, "graph": tuple(block["graph"])}) for block in tree["blocks"])
+        return cls(tuple(blocks), tree["head"])
 
 
 @dataclass(frozen=True)
@@ -25,7 +56,8 @@ class STTNConfig:
     `memory` is M, the frames a temporal transformer sees; `input_frames` the kernel of the causal convolution over
     time that embeds a frame (the paper's 1x1 convolution is 1); `chebyshev_order` the number of polynomials of the
     fixed graph convolution; `slots_per_day` the resolution of the time-of-day embedding. `form`: "causal" steps;
-    "bidirectional" is the paper's form over a window, which has no step.
+    "bidirectional" is the paper's form over a window, which has no step. `sizes`: of a pruned model; where it is None,
+    `width`, `heads` and `feedforward` say it all.
     """
 
     sensors: int
@@ -41,6 +73,7 @@ class STTNConfig:
     dropout: float = 0.05
     graph: Literal["given", "learned"] = "given"
     form: Literal["causal", "bidirectional"] = "causal"
+    sizes: STTNSizes | None = None
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -48,6 +81,28 @@ class STTNConfig:
         for name in ("sensors", "horizons", "blocks", "memory", "input_frames", "chebyshev_order"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: at least 1 was expected")
+        if self.sizes is not None:
+            self._check(self.sizes)
+
+    def _check(self, sizes: STTNSizes) -> None:
+        if len(sizes.blocks) != self.blocks:
+            raise ValueError(f"sizes of {len(sizes.blocks)} blocks are given: {self.blocks} were expected")
+        for block in sizes.blocks:
+            counts = {**vars(block), "head": sizes.head, "graph": len(block.graph)}
+            for name, count in counts.items():
+                if count < 1:
+                    raise ValueError(f"sizes: {name} is {count}: at least 1 was expected")
+            if list(block.graph) != sorted(set(block.graph) & set(range(self.width))):
+                raise ValueError(f"sizes: graph is {block.graph}: rising channels below {self.width} were expected")
+
+    @property
+    def all_sizes(self) -> STTNSizes:
+        """`sizes`, or those that follow from `width`, `heads` and `feedforward`."""
+        if self.sizes is not None:
+            return self.sizes
+        head, hidden = self.width // self.heads, self.feedforward * self.width
+        block = BlockSizes(head, head, hidden, head, head, hidden, tuple(range(self.width)))
+        return STTNSizes((block,) * self.blocks, 4 * self.width)
 
 
 class SharedDropout(nn.Module):
@@ -70,16 +125,22 @@ class SharedDropout(nn.Module):
 class FeedForward(nn.Module):
     """Pre-norm two-layer perceptron with a residual connection."""
 
-    def __init__(self, width: int, factor: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, factor * width)
-        self.contract = nn.Linear(factor * width, width)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, width)
         self.dropout = SharedDropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         return x + self.dropout(self.contract(F.gelu(self.expand(self.norm(x)), approximate="tanh")))
+
+
+def _split_heads(projected: Tensor, heads: int, query: int, value: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., heads (2 query + value)] -> queries, keys [..., heads, query] and values [..., heads, value]."""
+    q, k, v = projected.split([heads * query, heads * query, heads * value], dim=-1)
+    return q.unflatten(-1, (heads, query)), k.unflatten(-1, (heads, query)), v.unflatten(-1, (heads, value))
 
 
 class SpatialTransformer(nn.Module):
@@ -90,15 +151,20 @@ class SpatialTransformer(nn.Module):
     Differences: layer norms before each part, GELU for ReLU, two feed-forward layers for three.
     """
 
-    def __init__(self, config: STTNConfig) -> None:
+    graph_channels: Tensor | None
+
+    def __init__(self, config: STTNConfig, sizes: BlockSizes) -> None:
         super().__init__()
-        d = config.width
-        self.heads = config.heads
+        d, heads = config.width, config.heads
+        self.heads, self.query, self.value = heads, sizes.spatial_query, sizes.spatial_value
         self.norm = nn.LayerNorm(d)
-        self.query_key_value = nn.Linear(d, 3 * d)
-        self.out = nn.Linear(d, d)
-        self.feedforward = FeedForward(d, config.feedforward, config.dropout)
-        self.fixed = nn.Linear(config.chebyshev_order * d, d)
+        self.query_key_value = nn.Linear(d, heads * (2 * self.query + self.value))
+        self.out = nn.Linear(heads * self.value, d)
+        self.feedforward = FeedForward(d, sizes.spatial_hidden, config.dropout)
+        # The card holds them, so the weights do not.
+        kept = None if sizes.graph == tuple(range(d)) else torch.tensor(sizes.graph, dtype=torch.int64)
+        self.register_buffer("graph_channels", kept, persistent=False)
+        self.fixed = nn.Linear(config.chebyshev_order * len(sizes.graph), d)
         self.gate = nn.Linear(2 * d, d)
         self.dropout = SharedDropout(config.dropout)
 
@@ -106,18 +172,19 @@ class SpatialTransformer(nn.Module):
         """X [F, N, d] (F frames), polynomials [(K - 1) N, N] -> [F, N, d]."""
         frames, sensors, d = x.shape
         normed = self.norm(x)
-        q, k, v = self.query_key_value(normed).view(frames, sensors, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        parts = _split_heads(self.query_key_value(normed), self.heads, self.query, self.value)
+        q, k, v = (part.transpose(1, 2) for part in parts)
         # Written out: with heads this narrow torch's fused kernel is slower on a CPU, three times in the backward pass.
         scores = torch.matmul(q * (d / self.heads) ** -0.5, k.transpose(-1, -2))
-        attended = (
-            torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v).transpose(1, 2).reshape(frames, sensors, d)
-        )
+        attended = torch.matmul(torch.softmax(scores, dim=-1).to(v.dtype), v).transpose(1, 2).flatten(-2)
         dynamic = self.feedforward(x + self.dropout(self.out(attended)))
-        parts = [normed]
+        if self.graph_channels is not None:
+            normed = normed.index_select(-1, self.graph_channels)
+        powers = [normed]
         if polynomials.shape[0]:
-            spread = torch.matmul(polynomials, normed).view(frames, -1, sensors, d)
-            parts += list(spread.unbind(1))
-        fixed = self.fixed(torch.cat(parts, dim=-1))
+            spread = torch.matmul(polynomials, normed).view(frames, -1, sensors, normed.shape[-1])
+            powers += list(spread.unbind(1))
+        fixed = self.fixed(torch.cat(powers, dim=-1))
         gate = torch.sigmoid(self.gate(torch.cat([dynamic, fixed], dim=-1)))
         return gate * dynamic + (1 - gate) * fixed
 
@@ -130,16 +197,19 @@ class TemporalTransformer(nn.Module):
     in the window, which would make a cached key depend on when it is read.
     """
 
-    def __init__(self, config: STTNConfig) -> None:
+    def __init__(self, config: STTNConfig, sizes: BlockSizes) -> None:
         super().__init__()
-        d = config.width
-        self.heads, self.memory = config.heads, config.memory
+        d, heads = config.width, config.heads
+        self.heads, self.memory = heads, config.memory
+        self.query, self.value = sizes.temporal_query, sizes.temporal_value
+        # Of the full head width, pruned or not: what is left of a score must not change.
+        self.scale = (d / heads) ** -0.5
         self.norm = nn.LayerNorm(d)
-        self.query_key_value = nn.Linear(d, 3 * d)
-        self.out = nn.Linear(d, d)
+        self.query_key_value = nn.Linear(d, heads * (2 * self.query + self.value))
+        self.out = nn.Linear(heads * self.value, d)
         # Bias by key age - (M - 1) .. M - 1; the causal form uses the half from age 0 on.
         self.age_bias = nn.Parameter(torch.zeros(config.heads, 2 * config.memory - 1))
-        self.feedforward = FeedForward(d, config.feedforward, config.dropout)
+        self.feedforward = FeedForward(d, sizes.temporal_hidden, config.dropout)
         self.dropout = SharedDropout(config.dropout)
 
     def _bias(self, queries: int, keys: int, banded: bool) -> Tensor:
@@ -153,20 +223,18 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor, banded: bool) -> Tensor:
         """X [B, T, N, d] -> [B, T, N, d]."""
-        batch, time, sensors, d = x.shape
-        qkv = self.query_key_value(self.norm(x)).view(batch, time, sensors, 3, self.heads, -1)
-        q, k, v = qkv.permute(3, 0, 2, 4, 1, 5)  # 3 x [B, N, heads, T, d / heads]
+        time = x.shape[1]
+        parts = _split_heads(self.query_key_value(self.norm(x)), self.heads, self.query, self.value)
+        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in parts)  # [B, N, heads, T, channels]
         chunk = time if not banded else 4 * self.memory
-        parts = []
+        chunks = []
         for start in range(0, time, chunk):
             stop = min(start + chunk, time)
             first = max(0, start - self.memory + 1) if banded else 0
-            scores = (
-                torch.matmul(q[..., start:stop, :], k[..., first:stop, :].transpose(-1, -2)) * (d / self.heads) ** -0.5
-            )
+            scores = torch.matmul(q[..., start:stop, :], k[..., first:stop, :].transpose(-1, -2)) * self.scale
             weights = torch.softmax(scores + self._bias(stop - start, stop - first, banded), dim=-1)
-            parts.append(torch.matmul(weights.to(v.dtype), v[..., first:stop, :]))
-        attended = torch.cat(parts, dim=-2).permute(0, 3, 1, 2, 4).reshape(batch, time, sensors, d)
+            chunks.append(torch.matmul(weights.to(v.dtype), v[..., first:stop, :]))
+        attended = torch.cat(chunks, dim=-2).permute(0, 3, 1, 2, 4).flatten(-2)
         return self.feedforward(x + self.dropout(self.out(attended)))
 
     def step(self, x: Tensor, cache: Tree, rows: Tensor, clock: Tensor) -> Tensor:
@@ -174,17 +242,16 @@ class TemporalTransformer(nn.Module):
 
         The order of keys does not matter to one query, so nothing is rolled: frame t is written at t mod M.
         """
-        batch, sensors, d = x.shape
-        q, k, v = self.query_key_value(self.norm(x)).view(batch, sensors, 3, self.heads, -1).unbind(2)
+        q, k, v = _split_heads(self.query_key_value(self.norm(x)), self.heads, self.query, self.value)
         cache["key"][rows, clock % self.memory] = k.to(cache["key"].dtype)
         cache["value"][rows, clock % self.memory] = v.to(cache["value"].dtype)
         age = (clock[:, None] - torch.arange(self.memory, device=x.device)) % self.memory  # [B, M]
         bias = self.age_bias[:, age + self.memory - 1].permute(1, 2, 0)  # [B, M, heads]
         bias = bias.masked_fill((age > clock[:, None])[..., None], -math.inf)
         # One query a sensor: reading the cache once beats the copies that a batched product would make of it.
-        scores = (q[:, None] * cache["key"].index_select(0, rows)).sum(-1) * (d / self.heads) ** -0.5
+        scores = (q[:, None] * cache["key"].index_select(0, rows)).sum(-1) * self.scale
         weights = torch.softmax(scores + bias[:, :, None], dim=1)
-        attended = (weights[..., None] * cache["value"].index_select(0, rows)).sum(1).reshape(batch, sensors, d)
+        attended = (weights[..., None] * cache["value"].index_select(0, rows)).sum(1).flatten(-2)
         return self.feedforward(x + self.dropout(self.out(attended)))
 
 
@@ -234,18 +301,22 @@ class STTN(StreamModel):
         self.slot_of_day = nn.Parameter(torch.randn(config.slots_per_day, d) * 0.1)
         self.day_of_week = nn.Parameter(torch.randn(7, d) * 0.1)
         self.sensor_by_time = nn.Parameter(torch.randn(n, d) * 0.1)
-        self.spatial = nn.ModuleList(SpatialTransformer(config) for _ in range(config.blocks))
-        self.temporal = nn.ModuleList(TemporalTransformer(config) for _ in range(config.blocks))
+        sizes = config.all_sizes
+        self.spatial = nn.ModuleList(SpatialTransformer(config, block) for block in sizes.blocks)
+        self.temporal = nn.ModuleList(TemporalTransformer(config, block) for block in sizes.blocks)
         self.head_norm = nn.LayerNorm(d)
-        self.head = nn.Linear(d, 4 * d)
-        self.head_out = nn.Linear(4 * d, config.horizons)
+        self.head = nn.Linear(d, sizes.head)
+        self.head_out = nn.Linear(sizes.head, config.horizons)
         self.dropout = SharedDropout(config.dropout)
         nn.init.zeros_(self.head_out.weight)
 
     @classmethod
     def from_card(cls, card: dict[str, Any]) -> STTN:
         """The model whose `STTNConfig` is the card's `config`."""
-        return cls(STTNConfig(**card["config"]))
+        config = dict(card["config"])
+        if config.get("sizes") is not None:
+            config["sizes"] = STTNSizes.of(config["sizes"])
+        return cls(STTNConfig(**config))
 
     def graph_polynomials(self) -> Tensor:
         """[(K - 1) N, N]: of the given graph, or row-normalised learned graphs (Graph WaveNet, arXiv:1906.00121)."""
@@ -312,12 +383,15 @@ class STTN(StreamModel):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(streams, *shape, dtype=p.dtype, device=device)
 
-        cache_shape = (c.memory, c.sensors, c.heads, c.width // c.heads)
+        def cache(block: BlockSizes) -> Tree:
+            shape = (c.memory, c.sensors, c.heads)
+            return {"key": zeros(*shape, block.temporal_query), "value": zeros(*shape, block.temporal_value)}
+
         return {
             "clock": torch.zeros(streams, dtype=torch.int64, device=device),
             "value": zeros(c.input_frames, c.sensors),
             "observed": zeros(c.input_frames, c.sensors),
-            **{f"block{i}": {"key": zeros(*cache_shape), "value": zeros(*cache_shape)} for i in range(c.blocks)},
+            **{f"block{i}": cache(block) for i, block in enumerate(c.all_sizes.blocks)},
         }
 
     def step(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tensor:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
 
 from stepstream.connectors.records import Reading, Record, SensorFrame
-from stepstream.operators import base
+from stepstream.operators.align_options import MAX_SLOTS, AlignOptions, common_limit, network_sensors
 from stepstream.operators.base import END_INDEX, Context, Operator, State
-from stepstream.operators.durations import Duration, format_duration, to_ns
-from stepstream.operators.slots import MAX_REPEATS, Batch, Combine, Held, KeyState, Slot, malformed, some
+from stepstream.operators.durations import format_duration, to_ns
+from stepstream.operators.slots import MAX_REPEATS, Batch, Held, KeyState, Slot, malformed, some
 
 __all__ = ["Align"]
 
-# Slots that one gap may be filled with, and that may be open at once: bounds the memory one record can ask for.
-MAX_SLOTS = 100_000
 MAX_HELD = 64
 # Readings in a row of the only sensor that still speaks before its time is believed.
 ALONE = 4
@@ -40,6 +37,9 @@ class Align(Operator):
     the next, no empty frames are made and the next frame has `restart`. A frame without any observed value is a
     record too: it says that time has passed.
 
+    `sensors` may name weights (a shipped name or a folder): the network is the one that they are for. Only with
+    `sensors` is one that never reports counted as missing.
+
     Dropped and counted: "late" (the slot was emitted), "duplicate" (same sensor and event time as a reading of an
     open slot; the one that arrived first stands). Dead-lettered with the reason: values that are not finite, out of
     range, of an unknown sensor (a frame goes on without them), malformed frames, times that are never believed.
@@ -55,46 +55,15 @@ class Align(Operator):
     a key whose time never began begins then.
     """
 
-    class Options(base.Options):
-        """`every`, `lateness`, `max_gap`, `max_ahead`: durations such as 5min. The rest: see `Align`."""
-
-        every: Duration = Field(timedelta(minutes=5), gt=timedelta(0), description="length of a slot")
-        lateness: Duration = Field(timedelta(0), description="how long a slot waits for readings that come late")
-        sensors: tuple[str, ...] | None = Field(None, min_length=1, description="the network; None: learned")
-        early: bool = Field(default=True, description="with `sensors`: emit a slot as soon as all have reported")
-        combine: Combine = Field("last", description="several readings of a sensor in a slot, by event time")
-        negative: Literal["reject", "accept"] = "reject"
-        max_value: float | None = Field(None, allow_inf_nan=False, description="above it a reading is rejected")
-        max_gap: Duration | None = Field(None, description="longest gap filled; None: 3 days or 100,000 slots")
-        max_ahead: Duration | None = Field(None, description="None: three slots, or `lateness` if longer")
-        max_sensors: int = Field(100_000, ge=1, le=10_000_000)
-        late: Literal["count", "dead-letter"] = "count"
-
-        @field_validator("sensors")
-        @classmethod
-        def _distinct(cls, sensors: tuple[str, ...] | None) -> tuple[str, ...] | None:
-            if sensors is not None and len(set(sensors)) != len(sensors):
-                twice = sorted({name for name in sensors if sensors.count(name) > 1})
-                raise ValueError(f"every sensor must be named once; named more often: {some(twice)}")
-            return sensors
-
-        @model_validator(mode="after")
-        def _bounded(self) -> Align.Options:
-            for name, value in (("max_gap", self.max_gap), ("max_ahead", self.max_ahead), ("lateness", self.lateness)):
-                if value is not None and value > self.every * MAX_SLOTS:
-                    raise ValueError(
-                        f"{name} is {format_duration(value)}, which is more than {MAX_SLOTS:,} slots of "
-                        f"{format_duration(self.every)}: choose a smaller {name} or longer slots"
-                    )
-            if self.sensors is not None and len(self.sensors) > self.max_sensors:
-                raise ValueError(f"{len(self.sensors):,} sensors are given, but max_sensors is {self.max_sensors:,}")
-            return self
-
+    Options = AlignOptions
     consumes: ClassVar[tuple[type, ...]] = (Reading, SensorFrame)
     emits: ClassVar[tuple[type, ...]] = (SensorFrame,)
 
-    def __init__(self, options: Align.Options) -> None:
+    options: AlignOptions
+
+    def __init__(self, options: AlignOptions) -> None:
         self.options = options
+        self._sensors = network_sensors(options.sensors)
         self._every = to_ns(options.every)
         self._lateness = to_ns(options.lateness)
         gap = min(timedelta(days=3), options.every * MAX_SLOTS) if options.max_gap is None else options.max_gap
@@ -103,11 +72,18 @@ class Align(Operator):
         ahead = max(options.lateness, 3 * options.every) if options.max_ahead is None else options.max_ahead
         self._max_ahead = to_ns(ahead)
         self._smallest = 0.0 if options.negative == "reject" else -_FLOAT32_MAX
-        self._largest = _FLOAT32_MAX if options.max_value is None else min(options.max_value, _FLOAT32_MAX)
-        self._early = options.early and options.sensors is not None and options.combine != "mean"
-        self._capacity = options.max_sensors if options.sensors is None else len(options.sensors)
+        self._limit = options.max_value
+        self._largest = _FLOAT32_MAX if self._limit is None else min(self._limit, _FLOAT32_MAX)
+        self._early = options.early and self._sensors is not None and options.combine != "mean"
+        self._capacity = options.max_sensors if self._sensors is None else len(self._sensors)
         self._states: dict[str, KeyState] = {}
         self._nothing = (np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.bool_))
+
+    def connect(self, before: Sequence[Operator], behind: Sequence[Operator]) -> None:
+        """Without `max_value`, the unit of the weights that the frames are for says what is no plausible speed."""
+        if self.options.max_value is None:
+            self._limit = common_limit(operator.unit for operator in behind)
+            self._largest = _FLOAT32_MAX if self._limit is None else self._limit
 
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:
         """Every frame that is due once these records are known, derived from the record that made it due."""
@@ -158,7 +134,7 @@ class Align(Operator):
         return out
 
     def _open(self, key: str) -> KeyState:
-        state = self._states[key] = KeyState(self.options.sensors or ())
+        state = self._states[key] = KeyState(self._sensors or ())
         return state
 
     def _take(self, state: KeyState, record: Record, outlet: _Outlet) -> None:
@@ -297,10 +273,10 @@ class Align(Operator):
 
     def _range(self) -> str:
         least = "0 or more" if self.options.negative == "reject" else "any number"
-        return f"a finite value ({least}{f', at most {self._largest:g}' if self.options.max_value is not None else ''})"
+        return f"a finite value ({least}{f', at most {self._limit:g}' if self._limit is not None else ''})"
 
     def _unknown(self) -> str:
-        if self.options.sensors is not None:
+        if self._sensors is not None:
             return f"not one of the {self._capacity:,} sensors in `sensors`"
         return f"a new sensor, but max_sensors is {self._capacity:,}"
 
@@ -439,7 +415,7 @@ class Align(Operator):
 
     def snapshot(self, key: str) -> State:
         """The key's open slots, learned sensors, clock and held records."""
-        return {"every_ns": self._every, "fixed": self.options.sensors is not None} | self._states[key].snapshot()
+        return {"every_ns": self._every, "fixed": self._sensors is not None} | self._states[key].snapshot()
 
     def restore(self, key: str, state: State) -> None:
         """Goes on from a snapshot. Raises ValueError if it was made with other slots or other sensors."""
@@ -448,8 +424,8 @@ class Align(Operator):
             raise ValueError(
                 f"align: the snapshot has slots of {made}, but every is {format_duration(self.options.every)}"
             )
-        if state["fixed"] != (self.options.sensors is not None) or (
-            state["fixed"] and tuple(state["sensors"]) != self.options.sensors
+        if state["fixed"] != (self._sensors is not None) or (
+            state["fixed"] and tuple(state["sensors"]) != self._sensors
         ):
             raise ValueError(
                 f"align: the snapshot of {key!r} has other sensors ({some(state['sensors'])}) than the option `sensors`"
@@ -465,8 +441,9 @@ class Align(Operator):
         return {
             "every": format_duration(self.options.every),
             "lateness": format_duration(self.options.lateness),
-            "sensors": "learned" if self.options.sensors is None else len(self.options.sensors),
+            "sensors": "learned" if self._sensors is None else len(self._sensors),
             "combine": self.options.combine,
+            "max_value": self._limit,
             "max_gap": format_duration(timedelta(microseconds=self._max_gap / 1000)),
             "max_ahead": format_duration(timedelta(microseconds=self._max_ahead / 1000)),
         }

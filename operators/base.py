@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stepstream.connectors.records import Record
 
-__all__ = ["Context", "Operator", "Options", "State"]
+__all__ = ["Context", "Operator", "OptionError", "Options", "State"]
 
 # A tree of dicts whose leaves are numpy arrays, torch tensors, or JSON values (None, bool, int, float, str, list).
 # Dict keys are strings without "/". It holds no reference to anything the operator goes on changing.
@@ -21,6 +21,14 @@ class Options(BaseModel):
     """Base of an operator's options: immutable, and an unknown key is an error that names it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptionError(ValueError):
+    """An option that is valid by itself and does not fit the operators around it: name, value, and what is wrong."""
+
+    def __init__(self, option: str, value: object, reason: str) -> None:
+        super().__init__(f"{value}: {reason}")
+        self.option = option
 
 
 class Context(Protocol):
@@ -56,6 +64,18 @@ class Operator(ABC):
     Options: ClassVar[type[Options]] = Options
     consumes: ClassVar[tuple[type, ...]] = ()
     emits: ClassVar[tuple[type, ...]] = ()
+
+    unit: str | None = None
+    """The unit of the values it was made for ("" if that is not known), None for one that takes any."""
+
+    horizons: int | None = None
+    """How many horizons the forecasts have that it makes; None if it makes none, or does not know before."""
+
+    def connect(self, before: Sequence[Operator], behind: Sequence[Operator]) -> None:
+        """Told once, before the first record, which operators stand before and behind it in its pipeline.
+
+        Raises OptionError for an option that does not fit them.
+        """
 
     @abstractmethod
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,11 +18,17 @@ from stepstream.models.base import Tree
 from stepstream.models.registry import load_model
 from stepstream.operators.base import Context
 from stepstream.operators.infer import Infer, InferOptions
+from stepstream.operators.slots import some
+from stepstream.operators.units import speed_limit
 
 __all__ = ["ForecastOptions", "Forecaster"]
 
 SECOND_NS = 1_000_000_000
 DAY_S = 86_400
+# Frames of a key after which sensors that it has not named are worth a word in the log.
+SETTLED = 12
+
+_log = logging.getLogger(__name__)
 
 
 class ForecastOptions(InferOptions):
@@ -50,8 +57,13 @@ class Forecaster(Infer):
     """One forecast for each frame of each network (the record's key), from a model whose task is "traffic".
 
     Sensors are matched to the model's by name. A sensor that the model does not know is left out, counted as
-    `unknown_sensor` at every value, and reported once per key to the dead letters; one that the frame lacks is
-    unobserved. Raises ValueError if frames do not come at the model's step.
+    `unknown_sensor` at every value, and reported once per key to the dead letters. One that the frame does not name is
+    unobserved and counted as `absent_sensors` at every frame; the log says once per key how many have not been named
+    in its first 12 frames. A frame of whose sensors the model knows none is of another network: it is a dead letter
+    and has no forecast, but is a step of the model in which nothing was observed, for time has passed.
+
+    Raises ValueError if frames do not come at the model's step. Where the weights' unit is one of speeds (mph, km/h),
+    no forecast is below 0, whatever the model says.
     """
 
     Options = ForecastOptions
@@ -59,6 +71,7 @@ class Forecaster(Infer):
     emits: ClassVar[tuple[type, ...]] = (Forecast,)
 
     options: ForecastOptions
+    horizons: int
 
     def __init__(self, options: ForecastOptions) -> None:
         loaded = load_model(options.model, options.weights)
@@ -66,6 +79,8 @@ class Forecaster(Infer):
             raise ValueError(f"model {options.model!r} is for {loaded.card.task}: one for traffic was expected")
         super().__init__(options, loaded.model)
         self.card, self.weights_hash = loaded.card, loaded.weights_hash
+        self.unit = loaded.card.unit
+        self._speeds = speed_limit(loaded.card.unit) is not None
         available = int(getattr(loaded.model, "horizons", 0) or loaded.card.config["horizons"])
         self.horizons = options.horizons or available
         if self.horizons > available:
@@ -74,6 +89,8 @@ class Forecaster(Infer):
         self._index = {sensor: i for i, sensor in enumerate(self.card.sensors)}
         self._columns: tuple[tuple[str, ...], np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
         self._zone = ZoneInfo(options.timezone)
+        # Of each key, up to `SETTLED`. No state: it decides about a line in the log and nothing else.
+        self._frames: dict[str, int] = {}
 
     def starts_afresh(self, record: Record) -> bool:
         """A frame says itself whether anything before it may be used."""
@@ -96,19 +113,40 @@ class Forecaster(Infer):
             self._columns = (sensors, np.array(known, dtype=np.intp), np.array(target, dtype=np.intp))
         return self._columns[1], self._columns[2]
 
+    def _foreign(self, frame: SensorFrame) -> bool:
+        """Whether a frame names sensors, and the model knows none of them."""
+        return len(frame.sensors) > 0 and not len(self._match(frame.sensors)[0])
+
+    def _report_absent(self, key: str, absent: int, context: Context) -> None:
+        if absent:
+            context.count("absent_sensors", absent)
+        frames = self._frames.get(key, 0) + 1
+        if frames <= SETTLED:
+            self._frames[key] = frames
+        if absent and frames == SETTLED:
+            _log.warning(
+                "%d of the %d sensors of %s are in none of the first %d frames: nothing is known of them",
+                absent,
+                len(self._index),
+                self.options.weights,
+                SETTLED,
+                extra={"key": key, "model": self.options.model},
+            )
+
     def _report_unknown(self, record: Record, context: Context) -> None:
         frame: SensorFrame = record.value
         unknown = [s for s, seen in zip(frame.sensors, frame.observed, strict=True) if s not in self._index and seen]
         if not unknown:
             return
         context.count("unknown_sensor", len(unknown))
+        if self._foreign(frame):
+            return
         reported = self.memory[record.key]["unknown"]
         new = sorted(set(unknown) - set(reported))
         if new:
             self.memory[record.key]["unknown"] = reported + new
-            names = ", ".join(new[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
             context.dead_letter(
-                record, f"sensor {names}: not among the {len(self._index)} sensors of {self.options.weights}"
+                record, f"sensor {some(new)}: not among the {len(self._index)} sensors of {self.options.weights}"
             )
 
     def encode(self, records: Sequence[Record], context: Context) -> Tree:
@@ -127,6 +165,12 @@ class Forecaster(Infer):
             known, target = self._match(record.value.sensors)
             if len(known) < len(record.value.sensors):
                 self._report_unknown(record, context)
+            foreign = self._foreign(record.value)
+            if foreign:
+                names, ours = some(record.value.sensors), f"{len(self._index)} sensors of {self.options.weights}"
+                context.dead_letter(record, f"a frame of another network: it has {names}, and none of the {ours}")
+            else:
+                self._report_absent(record.key, len(self._index) - len(known), context)
             value[i, target] = record.value.values[known]
             observed[i, target] = record.value.observed[known]
             seconds = self._local_seconds(record.time_ns)
@@ -135,7 +179,7 @@ class Forecaster(Infer):
             memory["time_ns"] = record.time_ns
             memory["age_s"] = np.where(observed[i], np.float32(0), memory["age_s"] + np.float32(self.card.step_s))
             memory["unseen"] = 0 if observed[i].any() else memory["unseen"] + (memory["unseen"] >= 0)
-            if self._blind(memory):
+            if self._blind(memory) and not foreign:
                 context.count("blind")
         return {
             "value": torch.from_numpy(value),
@@ -157,18 +201,26 @@ class Forecaster(Infer):
         return bool(unseen < 0 or (field is not None and unseen >= field and self.model.needs_weights))
 
     def decode(self, record: Record, output: np.ndarray[Any, Any]) -> list[Any]:
-        """The forecast of one frame."""
+        """The forecast of one frame; none for one of another network."""
+        if self._foreign(record.value):
+            return []
         memory = self.memory[record.key]
+        values = np.ascontiguousarray(output[: self.horizons])
         forecast = Forecast(
             sensors=self.card.sensors,
             horizons_s=self._horizons_s,
-            values=np.ascontiguousarray(output[: self.horizons]),
+            values=np.maximum(values, np.float32(0)) if self._speeds else values,
             age_s=memory["age_s"],
             model=self.options.model,
             weights=self.weights_hash,
             blind=self._blind(memory),
         )
         return [forecast]
+
+    def drop(self, key: str) -> None:
+        """Forgets the key."""
+        super().drop(key)
+        self._frames.pop(key, None)
 
     def describe(self) -> dict[str, Any]:
         """What is served."""

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from stepstream.connectors.records import Forecast, Record, Score, SensorFrame
 from stepstream.operators import base
-from stepstream.operators.base import END_INDEX, Context, Operator, State
+from stepstream.operators.base import END_INDEX, Context, Operator, OptionError, State
 from stepstream.operators.durations import Duration, format_duration, to_ns
 from stepstream.operators.tracker import Tracker
 
@@ -59,7 +59,7 @@ class Scorer(Operator):
         window: Duration = Field(timedelta(hours=24), ge=timedelta(seconds=1))
         every: Duration = Field(timedelta(hours=1), gt=timedelta(0), description="how often scores are sent")
         coverage: float | None = Field(0.9, ge=0.01, le=0.999, description="None: no intervals")
-        nonnegative: bool = Field(default=True, description="intervals end at 0")
+        nonnegative: bool = Field(default=True, description="intervals end at 0, or at a forecast below it")
         silent: tuple[str, ...] = Field((), description="models that are scored but whose forecasts are not sent on")
 
         @field_validator("horizons")
@@ -85,6 +85,15 @@ class Scorer(Operator):
         self._every = to_ns(options.every)
         self._silent = frozenset(options.silent)
         self._states: dict[str, _KeyState] = {}
+
+    def connect(self, before: Sequence[Operator], behind: Sequence[Operator]) -> None:
+        """Refuses to wait for scores that cannot come: a horizon that no forecast made before it has."""
+        made = [o.horizons for o in before if Forecast in o.emits and Forecast not in o.consumes]
+        known = [horizons for horizons in made if horizons is not None]
+        asked = self.options.horizons
+        if asked is not None and known and len(known) == len(made) and asked[-1] > max(known):
+            reason = f"the forecasts made before it have {max(known)} horizons{' at most' if len(made) > 1 else ''}"
+            raise OptionError("horizons", list(asked), reason)
 
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:
         """Forecasts leave at once, derived from the raw one; scores are derived from the frame that made them due."""

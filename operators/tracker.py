@@ -106,7 +106,10 @@ class Tracker:
         return self.weights == forecast.weights and self.horizons_s == forecast.horizons_s
 
     def interval(self, forecast: Forecast, nonnegative: bool) -> Forecast:
-        """The forecast with the interval of the moment; as it is while there is none, or none is wanted."""
+        """The forecast with the interval of the moment; as it is while there is none, or none is wanted.
+
+        lower <= value <= upper for every value that is a number, also for one below 0 with `nonnegative`.
+        """
         columns = self._learn(forecast.sensors)
         if self.conformal is None:
             return forecast
@@ -123,6 +126,9 @@ class Tracker:
         if nonnegative:
             np.maximum(lower, 0, out=lower)
             np.maximum(upper, 0, out=upper)
+        number = np.isfinite(forecast.values)
+        np.minimum(lower, forecast.values, out=lower, where=number)
+        np.maximum(upper, forecast.values, out=upper, where=number)
         return replace(
             forecast,
             lower=lower.astype(np.float32),

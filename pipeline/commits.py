@@ -62,10 +62,12 @@ class Commit(_Strict):
     """Everything up to `offsets` (the next to read) is done: the outputs are durable and stand at `sink`.
 
     `pipeline`: the task's fingerprint. `snapshots`: newest first. `totals`: counters since the log's beginning.
-    `ended`: the input has ended for good. `finished`: and the sink has made its final form.
+    `ended`: the input has ended for good. `finished`: and the sink has made its final form. `proof`: the source's,
+    at `offsets`. `stopped`: nothing was read beyond `offsets`, for a source that gives nothing twice. `gaps`: how often
+    such a one was read on after a run that had lost records. Version 1 had none of these three.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     pipeline: list[dict[str, Any]]
     offsets: _Rows
     sink: dict[str, Any]
@@ -73,6 +75,9 @@ class Commit(_Strict):
     totals: CommittedTotals = CommittedTotals()
     ended: bool = False
     finished: bool = False
+    proof: str | None = None
+    stopped: bool = False
+    gaps: NonNegativeInt = 0
 
 
 class StateDirectory:
@@ -136,8 +141,8 @@ class StateDirectory:
         try:
             document = json.loads(data)
             version = document.get("version") if isinstance(document, dict) else None
-            if version != 1:
-                raise EngineError(f"{path}: version is {version!r}, and this program reads version 1")
+            if version not in (1, 2):
+                raise EngineError(f"{path}: version is {version!r}, and this program reads versions 1 and 2")
             # As JSON: its lists are tuples to a strict model only when it knows that they came from JSON.
             return Commit.model_validate_json(data)
         except ValidationError as error:

@@ -92,9 +92,9 @@ def from_text(
         raise ConfigError.of(f"expected a mapping with the keys {', '.join(_KEYS)}, found {found}", label)
     tree = Tree(value, {path: f"{label}:{line}" for path, line in lines.items()}, label)
     environ = {} if environ is None else environ
-    substitute(tree, environ)
+    named = substitute(tree, environ)
     _normalise(tree)
-    apply_environment(tree, environ)
+    apply_environment(tree, environ, named)
     apply_settings(tree, settings)
     _normalise(tree)
     return from_tree(tree)

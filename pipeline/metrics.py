@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_se
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["Metrics", "Totals", "add_totals"]
+__all__ = ["Metrics", "Totals", "add_totals", "totals_since"]
 
 Totals: TypeAlias = dict[str, Any]
 """{records_in: n, records_out: {type: n}, dead_letters: {operator: n}, operator_events: {operator: {what: n}}}."""
@@ -226,4 +226,13 @@ def add_totals(first: Mapping[str, Any], second: Mapping[str, Any]) -> Totals:
             result[name] = add_totals(one or {}, two or {})
         else:
             result[name] = one + two
+    return result
+
+
+def totals_since(now: Mapping[str, Any], before: Mapping[str, Any]) -> Totals:
+    """What was counted between two sets of counters, leaf by leaf."""
+    result: Totals = {}
+    for name, value in now.items():
+        was = before.get(name)
+        result[name] = totals_since(value, was or {}) if isinstance(value, Mapping) else value - (was or 0)
     return result

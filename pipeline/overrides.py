@@ -2,7 +2,7 @@
 
 - `${NAME}` and `${NAME:-default}` inside a string of the file; `$${` is a literal `${`. The result is a string.
 - `STEPSTREAM_SOURCE__REPLAY__SPEED=20` is `source.replay.speed`: upper case, two underscores for a dot. The first part
-  is NAME, SOURCE, OPERATORS, SINK or ENGINE; other variables are left alone.
+  is NAME, SOURCE, OPERATORS, SINK or ENGINE. Another `STEPSTREAM_...` that no `${...}` names is warned of.
 - `--set operators.forecast.horizons=6`: an operator by its type, or by its index from 0 (`operators.1.forecast...` or
   `operators[1].forecast...`), which it must be where two have the same type. The value is YAML.
 """
@@ -13,22 +13,33 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stepstream.pipeline.logs import get_logger
+from stepstream.pipeline.registry import suggestion
 from stepstream.pipeline.tree import Path, Problem, Tree, show_path
 from stepstream.pipeline.yamlfile import YamlProblem, value
 
 __all__ = ["apply_environment", "apply_settings", "escape", "is_stage", "substitute"]
 
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|\$\{[^}]*\}?")
-_ENVIRONMENT = re.compile(r"STEPSTREAM_(NAME|SOURCE|OPERATORS|SINK|ENGINE)(?:__(.+))?")
+_PARTS = ("NAME", "SOURCE", "OPERATORS", "SINK", "ENGINE")
+_ENVIRONMENT = re.compile(rf"STEPSTREAM_({'|'.join(_PARTS)})(?:__(.+))?")
+# Kubernetes tells every container of a service called stepstream about it in such variables.
+_NOT_OURS = re.compile(r"STEPSTREAM_(SERVICE|PORT)(_.*)?")
+_LOG = get_logger(__name__)
 
 
 class _Wrong(ValueError):
     pass
 
 
-def substitute(tree: Tree, environ: Mapping[str, str]) -> None:
-    """Replaces `${NAME}` in every string value; a variable that is not set and has no default is a problem."""
-    tree.root = _substituted(tree, tree.root, (), environ)
+def substitute(tree: Tree, environ: Mapping[str, str]) -> set[str]:
+    """Replaces `${NAME}` in every string value; a variable that is not set and has no default is a problem.
+
+    Returns the names that were there.
+    """
+    named: set[str] = set()
+    tree.root = _substituted(tree, tree.root, (), environ, named)
+    return named
 
 
 def escape(data: Any) -> Any:
@@ -40,11 +51,11 @@ def escape(data: Any) -> Any:
     return [escape(item) for item in data] if isinstance(data, list) else data
 
 
-def _substituted(tree: Tree, data: Any, path: Path, environ: Mapping[str, str]) -> Any:
+def _substituted(tree: Tree, data: Any, path: Path, environ: Mapping[str, str], named: set[str]) -> Any:
     if isinstance(data, dict):
-        return {key: _substituted(tree, item, (*path, key), environ) for key, item in data.items()}
+        return {key: _substituted(tree, item, (*path, key), environ, named) for key, item in data.items()}
     if isinstance(data, list):
-        return [_substituted(tree, item, (*path, index), environ) for index, item in enumerate(data)]
+        return [_substituted(tree, item, (*path, index), environ, named) for index, item in enumerate(data)]
     if not isinstance(data, str):
         return data
 
@@ -55,6 +66,7 @@ def _substituted(tree: Tree, data: Any, path: Path, environ: Mapping[str, str]) 
         if name is None:
             tree.complain(path, f"{match[0]!r}: expected ${{NAME}} or ${{NAME:-default}} (a literal '${{' is '$${{')")
             return ""
+        named.add(name)
         if name in environ and (environ[name] or default is None):
             return environ[name]
         if default is None:
@@ -65,13 +77,28 @@ def _substituted(tree: Tree, data: Any, path: Path, environ: Mapping[str, str]) 
     return _VARIABLE.sub(replacement, data)
 
 
-def apply_environment(tree: Tree, environ: Mapping[str, str]) -> None:
-    """Lays the `STEPSTREAM_...` variables over the tree, in the order of their names."""
+def apply_environment(tree: Tree, environ: Mapping[str, str], named: set[str] | None = None) -> None:
+    """Lays the `STEPSTREAM_...` variables over the tree, in the order of their names.
+
+    Warns of those that mean nothing; `named` are the ones that the file uses itself.
+    """
     for variable in sorted(environ):
         match = _ENVIRONMENT.fullmatch(variable)
         if match:
             dotted = ".".join([match[1], *(match[2] or "").split("__")]).rstrip(".").lower()
             _apply(tree, dotted, environ[variable], f"environment variable {variable}")
+        elif variable.startswith("STEPSTREAM_") and variable not in (named or ()) and not _NOT_OURS.fullmatch(variable):
+            _LOG.warning("the environment variable %s means nothing%s", variable, _meant(variable))
+
+
+def _meant(variable: str) -> str:
+    """What somebody may have wanted to write."""
+    first, _, rest = variable.removeprefix("STEPSTREAM_").partition("__")
+    for part in _PARTS:
+        if first.startswith(f"{part}_"):  # one underscore, where a dot takes two
+            return f"; did you mean 'STEPSTREAM_{part}__{variable.removeprefix(f'STEPSTREAM_{part}_')}'?"
+    known = [f"STEPSTREAM_{part}{'__' if rest else ''}{rest}" for part in _PARTS if suggestion(first, [part])]
+    return suggestion(variable, known) or f" (expected STEPSTREAM_ and {', '.join(_PARTS[:-1])} or {_PARTS[-1]})"
 
 
 def apply_settings(tree: Tree, settings: Sequence[str]) -> None:
@@ -146,5 +173,5 @@ def _into_list(items: list[Any], rest: str, shown: str) -> tuple[int, str | None
         choices = " or ".join(f"{shown}.{index}.{name}" for index in where)
         raise _Wrong(f"{len(where)} of {shown} are {name!r}: say {choices}")
     if not where:
-        raise _Wrong(f"{shown} has no {name!r} (it has: {', '.join(types) or 'nothing'})")
+        raise _Wrong(f"{shown} has no {name!r}{suggestion(name, types)} (it has: {', '.join(types) or 'nothing'})")
     return where[0], name, after

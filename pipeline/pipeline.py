@@ -16,7 +16,7 @@ import stepstream.pipeline.registry as registry
 import stepstream.pipeline.yamlfile as yamlfile
 from stepstream.connectors.base import DeadLetter, InputError, Sink, Source
 from stepstream.connectors.records import Record
-from stepstream.operators.base import Operator
+from stepstream.operators.base import Operator, OptionError
 from stepstream.operators.durations import format_duration
 from stepstream.pipeline.config import ConfigError, PipelineConfig, Stage
 from stepstream.pipeline.overrides import escape
@@ -219,14 +219,20 @@ class Pipeline:
         return names
 
     def operators(self) -> list[tuple[str, Operator]]:
-        """New instances of the operators, with their names. Loads models.
+        """New instances of the operators, with their names, each told which ones stand around it. Loads models.
 
         Raises ConfigError or InputError that names the operator.
         """
-        return [
-            (name, _made(stage, ("operators", index, stage.type_name)))
-            for index, (name, stage) in enumerate(zip(self.operator_names(), self.config.operators, strict=True))
+        made: list[Operator] = [
+            _made(stage, ("operators", index, stage.type_name)) for index, stage in enumerate(self.config.operators)
         ]
+        for index, (stage, operator) in enumerate(zip(self.config.operators, made, strict=True)):
+            try:
+                operator.connect(made[:index], made[index + 1 :])
+            except OptionError as error:
+                key = show_path(("operators", index, stage.type_name, error.option))
+                raise ConfigError.of(str(error), key=key) from error
+        return list(zip(self.operator_names(), made, strict=True))
 
     def build(self) -> Built:
         """New objects for one run. Raises InputError or ConfigError, saying for which part, if one cannot be made."""

@@ -4,11 +4,42 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["stop_on_signals"]
+__all__ = ["StoppedEarly", "leave_on_signals", "stop_on_signals"]
+
+
+class StoppedEarly(BaseException):
+    """A signal came before there was anything to stop. No Exception: an import in progress must not take it for one."""
+
+
+@contextmanager
+def leave_on_signals() -> Iterator[Callable[[], None]]:
+    """While inside, SIGTERM or SIGINT raises StoppedEarly at once, until what is yielded is called: then it is ignored.
+
+    For a start that takes seconds of imports. The handlers of before come back on leaving.
+    """
+    begun: list[bool] = []
+
+    def begin() -> None:
+        begun.append(True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield begin
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not begun:
+            raise StoppedEarly
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield begin
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

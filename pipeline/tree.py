@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
+from stepstream.operators.durations import format_duration
 from stepstream.pipeline.yamlfile import Path
 
 __all__ = ["ConfigError", "Path", "Problem", "Tree", "show_path", "show_value"]
@@ -76,6 +78,8 @@ def show_value(value: Any, path: Path = ()) -> str:
         return "'***'"
     if isinstance(value, str):
         text = repr(value)
+    elif isinstance(value, timedelta):
+        text = repr(format_duration(value))
     else:
         try:
             text = json.dumps(value)

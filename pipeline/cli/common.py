@@ -11,8 +11,9 @@ import functools
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -38,6 +39,7 @@ __all__ = [
     "progress_console",
     "use_current_folder",
     "verb",
+    "wrong_use_of",
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
@@ -72,6 +74,19 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             _fail(_message(error), _exit_code(error), debug=bool(kwargs.get("debug")), error=error)
 
     return command
+
+
+@contextlib.contextmanager
+def wrong_use_of(*options: str) -> Iterator[None]:
+    """What is wrong with these options is found out late, by what they are options of: it is wrong use all the same."""
+    from stepstream.connectors.base import InputError
+
+    try:
+        yield
+    except InputError as error:
+        if any(re.search(rf"(^|\s){option}\b", str(error)) for option in options):
+            raise WrongUse(str(error)) from error
+        raise
 
 
 def _reader_left() -> NoReturn:

@@ -18,6 +18,7 @@ from stepstream.pipeline.cli.common import (
     number,
     options_from,
     verb,
+    wrong_use_of,
 )
 from stepstream.pipeline.cli.progress import training_progress
 
@@ -27,7 +28,7 @@ EXAMPLES = """\b
 Examples:
   stepstream evaluate sttn --data metr_la.npz --weights sttn-metr-la
   stepstream evaluate persistence --data metr_la.npz
-  stepstream evaluate sttn --data metr_la.npz --json | jq .metrics.mae_15
+  stepstream evaluate sttn --data metr_la.npz --weights sttn-metr-la --json | jq .metrics.mae_15
 """
 # A baseline that is fitted while evaluating and cannot be served, so no registered model.
 _BASELINES = ("ridge",)
@@ -51,7 +52,7 @@ def evaluate(
     known_model(model, also=_BASELINES)
     from stepstream.pipeline.training import evaluate as score
 
-    with training_progress(f"evaluate {model}") as on_progress:
+    with wrong_use_of("--set", "--weights"), training_progress(f"evaluate {model}") as on_progress:
         summary = score(
             model,
             data,

@@ -16,6 +16,7 @@ from stepstream.pipeline.cli.common import (
     known_model,
     options_from,
     verb,
+    wrong_use_of,
 )
 from stepstream.pipeline.cli.progress import training_progress
 
@@ -54,7 +55,7 @@ def train(
     from stepstream.pipeline.training import train as fit
 
     options: dict[str, Any] = {**options_from(settings or []), "resume": resume}
-    with stop_on_signals() as stop, training_progress(f"train {model}") as on_progress:
+    with wrong_use_of("--set"), stop_on_signals() as stop, training_progress(f"train {model}") as on_progress:
         summary = fit(
             model,
             data,

@@ -35,7 +35,8 @@ class RunResult:
     `ended`: the input has ended for good, and the outputs are final. `already_complete`: they were before this run,
     which did nothing. `totals`: the counters since the log's beginning, all runs together; the other numbers are of
     this run: `records_in` without the `replayed` ones, `commits`, `snapshots`, `wall_s`. `offsets`: what is next to
-    read. `committed`: what the next run will go on from.
+    read. `committed`: what the next run will go on from; `records_committed` of the `totals` lie before it, and it
+    computes the others again. `gaps`: how often records were lost behind a commit, by a source that gives none twice.
     """
 
     ended: bool
@@ -50,6 +51,8 @@ class RunResult:
     offsets: dict[Partition, int]
     committed: dict[Partition, int]
     totals: Totals
+    records_committed: int = 0
+    gaps: int = 0
 
 
 class Engine(ABC):

@@ -12,6 +12,12 @@ the wall clock, and not at a graceful stop either. A sink may let its commits sh
 there), so a commit where somebody happened to press Ctrl-C could change their bytes. A graceful stop therefore leaves
 the last commit as it is, and what came after it is computed again by the next run: at most `commit_every` records.
 Snapshots are taken at commits only, by the wall clock, and show in no output.
+
+A source that gives nothing twice (`Source.repeatable`, a pipe that goes on) cannot have that: what is not committed
+would be lost. With it a commit always has a snapshot, and falls also where a snapshot is due and at a graceful stop,
+after all that the source had taken in. A run that did not come to its stop has lost what it read behind its last
+commit: the next one says so, and counts it in `gaps`. The records that were not lost give the same outputs, in a sink
+that does not show where commits fell (`files` does not, once it is finished).
 """
 
 from __future__ import annotations
@@ -22,7 +28,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, Field
 
@@ -30,10 +35,11 @@ from stepstream.connectors.base import Partition, Sink, Source, Undecodable
 from stepstream.connectors.output import OutputError
 from stepstream.connectors.records import Record
 from stepstream.pipeline.commits import Commit, CommittedTotals, Held, StateDirectory, from_rows, to_rows
+from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.engines import base
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult
 from stepstream.pipeline.logs import get_logger
-from stepstream.pipeline.metrics import Totals, add_totals
+from stepstream.pipeline.metrics import Totals, add_totals, totals_since
 from stepstream.pipeline.snapshots import SnapshotError, SnapshotStore, fingerprint_difference
 from stepstream.pipeline.task import Outcome, Task
 
@@ -121,7 +127,9 @@ class _Run:
         self.position = dict(self.offsets)
         self.committed = dict(self.offsets)
         self.ended = False
+        self.gaps = 0
         self.commit: Commit | None = None
+        self.dead_letters = DeadLetterLog()
         self.base: Totals = {}
         self.counted: Totals = task.metrics.totals()
         self.records_in = self.records_out = self.dead = self.replayed = self.commits = self.snapshots = 0
@@ -132,6 +140,9 @@ class _Run:
     def run(self) -> RunResult:
         if self.task.keys():
             raise ValueError("the task has state already: a run needs a fresh one")
+        weights = {part["name"]: part["weights"] for part in self.fingerprint if part["weights"] is not None}
+        about = {"pipeline": self.task.metrics.pipeline, "source": _names(self.offsets), "weights": weights}
+        _LOG.info("starting", extra=about)
         if self.state is not None:
             with self._disk():
                 self.store = SnapshotStore(self.state.snapshots)
@@ -139,6 +150,7 @@ class _Run:
         if self.commit is not None:
             self._check(self.commit)
             self.base = self.commit.totals.model_dump()
+            self.gaps = self.commit.gaps
             if self.commit.ended:
                 return self._complete(self.commit)
         with self._disk():
@@ -172,8 +184,14 @@ class _Run:
             self._finish(commit)
         done = sum(self.offsets.values())
         self._seek()
+        self.source.expect(self.committed, commit.proof)
+        wait_s = self.options.max_wait_ms / 1000
         # Not from `progress`: what a log counts besides records (empty lines) is no growth.
-        if self.source.poll(1, self.options.max_wait_ms / 1000) or not self.source.ended:
+        records = self.source.poll(1, wait_s)
+        while commit.proof is not None and not (records or self.source.ended or self.stop.is_set()):
+            # One that is read again from its beginning may take its time to come to where it ended.
+            records = self.source.poll(1, wait_s)
+        if records or not (self.source.ended or self.stop.is_set()):
             raise EngineError(
                 f"the run in {self.state.path} was finished with {done} input records, and the input has grown since. "
                 "Its outputs are final: give the new run another output folder"
@@ -184,12 +202,16 @@ class _Run:
 
     def _recover(self, commit: Commit) -> None:
         """Brings the task to the committed offsets."""
+        if not self.source.repeatable:
+            self._go_on(commit)
+            return
         for held in commit.snapshots:
             if self._restore(held):
                 self.offsets = from_rows(held.offsets)
                 break
         self._seek()
         self.source.pace_from(self.committed)
+        self.source.expect(self.committed, commit.proof)
         committed = sum(self.committed.values())
         _LOG.info("going on", extra={"committed": committed, "to_replay": committed - sum(self.offsets.values())})
         self.task.replaying = True
@@ -215,6 +237,27 @@ class _Run:
         if self.position != self.offsets:
             self._seek()
 
+    def _go_on(self, commit: Commit) -> None:
+        """The same for a source that gives nothing twice: only a snapshot of the very offsets will do."""
+        assert self.state is not None
+        at = sum(self.committed.values())
+        held = commit.snapshots[0] if commit.snapshots else None
+        if held is not None and from_rows(held.offsets) == self.committed and self._restore(held):
+            self.offsets = dict(self.committed)
+        elif at:
+            raise EngineError(
+                f"the commit in {self.state.path} at input record {at} has no good snapshot of that moment, and "
+                "the source does not give the records before it again: give the run another output folder"
+            )
+        self._seek()
+        if not commit.stopped:
+            self.gaps += 1
+            _LOG.warning(
+                "the last run here did not come to a stop: what it read behind its last commit is lost",
+                extra={"committed": at, "gaps": self.gaps},
+            )
+        _LOG.info("going on", extra={"committed": at, "to_replay": 0})
+
     def _seek(self) -> None:
         self.source.seek(self.offsets)
         self.position = dict(self.offsets)
@@ -239,26 +282,41 @@ class _Run:
     # ---- live
 
     def _live(self) -> None:
+        once = not self.source.repeatable
+        if once:
+            self._commit()  # from here on, whoever does not find a commit of our stop knows that records are lost
         while not self.stop.is_set():
-            for records, reached in self._cut(self._poll(min(self.options.max_batch, self._left()))):
-                self._deliver(self.task.process(records))
-                self.records_in += len(records)
-                if not isinstance(records[-1].value, Undecodable):
-                    self.task.metrics.set_event_time(records[-1].time_ns)
-                if reached:
-                    self._commit()
+            self._take(self._poll(min(self.options.max_batch, self._left())))
+            if once and self.offsets != self.committed and time.monotonic() >= self.snapshot_due:
+                self._commit()
             self._report()
-            if self.source.ended:
+            # Ctrl-C ends whoever writes into our pipe too: that is no end of the stream.
+            if self.source.ended and not (once and self.stop.is_set()):
                 self._deliver(self.task.end())
                 commit = self._commit(ended=True)
                 self._finish(commit)
                 self._report(last=True)
                 return
-        if self.state is None:
+        if once:
+            self.source.drain()
+            while records := self._poll(min(self.options.max_batch, self._left())):
+                self._take(records)
+            self._commit(stopped=True)
+        elif self.state is None:
             with self._disk():
                 self.sink.prepare()
         done = sum(self.offsets.values())
         _LOG.info("stopped", extra={"read": done, "committed": sum(self.committed.values())})
+
+    def _take(self, polled: list[Record]) -> None:
+        """Does all that is to be done with records that were polled."""
+        for records, reached in self._cut(polled):
+            self._deliver(self.task.process(records))
+            self.records_in += len(records)
+            if not isinstance(records[-1].value, Undecodable):
+                self.task.metrics.set_event_time(records[-1].time_ns)
+            if reached:
+                self._commit()
 
     def _left(self) -> int:
         """How far the offsets are from where the next commit is due."""
@@ -312,18 +370,21 @@ class _Run:
         if outcome.outputs or outcome.dead:
             with self._disk():
                 self.sink.write(outcome.outputs, outcome.dead)
+        self.dead_letters.see(outcome.dead)
 
     # ---- commit
 
-    def _commit(self, ended: bool = False) -> Commit | None:
+    def _commit(self, ended: bool = False, stopped: bool = False) -> Commit | None:
         began = time.monotonic()
         with self._disk():
             position = self.sink.prepare()
             if self.state is None or self.store is None:
                 return None
             snapshots = [] if self.commit is None else list(self.commit.snapshots)
-            if not ended and began >= self.snapshot_due:
-                snapshots = [self._snapshot(), *snapshots][: self.options.keep_snapshots]
+            if not ended and (began >= self.snapshot_due or not self.source.repeatable):
+                newest = self._snapshot()
+                older = [held for held in snapshots if held != newest]
+                snapshots = [newest, *older][: self.options.keep_snapshots]
             commit = Commit(
                 pipeline=self.fingerprint,
                 offsets=to_rows(self.offsets),
@@ -331,12 +392,17 @@ class _Run:
                 snapshots=[] if ended else snapshots,
                 totals=CommittedTotals(**self._totals()),
                 ended=ended,
+                proof=self.source.proof(self.offsets),
+                stopped=stopped,
+                gaps=self.gaps,
             )
             self.state.store(commit)
             self.commit, self.committed = commit, dict(self.offsets)
             self.store.collect({held.sha256 for held in commit.snapshots})
         self.commits += 1
-        self.task.metrics.observe_commit(time.monotonic() - began)
+        took = time.monotonic() - began
+        self.task.metrics.observe_commit(took)
+        _LOG.debug("committed", extra={"committed": sum(self.committed.values()), "seconds": round(took, 4)})
         return commit
 
     def _snapshot(self) -> Held:
@@ -379,7 +445,7 @@ class _Run:
     # ---- what is told
 
     def _totals(self) -> Totals:
-        return add_totals(self.base, _difference(self.task.metrics.totals(), self.counted))
+        return add_totals(self.base, totals_since(self.task.metrics.totals(), self.counted))
 
     def _report(self, last: bool = False) -> None:
         now = time.monotonic()
@@ -407,18 +473,9 @@ class _Run:
             offsets=dict(self.offsets),
             committed=dict(self.committed),
             totals=self._totals(),
+            records_committed=0 if self.commit is None else self.commit.totals.records_in,
+            gaps=self.gaps,
         )
-
-
-def _difference(now: Totals, before: Totals) -> Totals:
-    result: dict[str, Any] = {}
-    for name, value in now.items():
-        was = before.get(name)
-        if isinstance(value, dict):
-            result[name] = _difference(value, was or {})
-        else:
-            result[name] = value - (was or 0)
-    return result
 
 
 def _names(partitions: dict[Partition, int]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,7 +14,6 @@ from stepstream.connectors.base import InputError
 from stepstream.connectors.recording import open_recording
 from stepstream.connectors.traffic import TrafficRecording
 from stepstream.models.registry import load_model
-from stepstream.models.sttn import STTNConfig
 from stepstream.models.weights import Card, save_weights
 from stepstream.pipeline.training import Progress, checked
 from stepstream.pipeline.training.traffic_baselines import (
@@ -27,9 +26,11 @@ from stepstream.pipeline.training.traffic_data import WINDOW, TrafficTensors
 from stepstream.pipeline.training.traffic_metrics import (
     HorizonErrors,
     evaluate_cold,
+    evaluate_stream,
     evaluate_warm,
     published_horizons,
 )
+from stepstream.pipeline.training.traffic_models import NETWORKS
 from stepstream.pipeline.training.traffic_train import Trainer, TrainOptions
 
 __all__ = ["evaluate", "train"]
@@ -56,24 +57,24 @@ def train(
 ) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`.
 
-    `options` are fields of `TrainOptions` and `STTNConfig`, `graph_file` (a graph that goes with the recording) and
-    `start_from` (weights to begin with, shipped or a folder).
+    `options` are fields of `TrainOptions` and of the model's configuration, `graph_file` (distances, weights or
+    positions that go with the recording) and `start_from` (weights to begin with, shipped or a folder).
     """
     graph = options.pop("graph_file", None)
     recording = read(data, Path(graph) if graph else None)
     if model == "weekly-average":
         return _save_weekly_average(recording, data, out)
-    if model != "sttn":
-        raise InputError(f"{model} has nothing to train: sttn or weekly-average was expected")
-    sizes = {f.name for f in fields(STTNConfig)} - {"form", "sensors"}
+    if model not in NETWORKS:
+        raise InputError(f"{model} has nothing to train: {', '.join(NETWORKS)} or weekly-average was expected")
+    sizes = NETWORKS[model].options
     start = options.pop("start_from", None)
     options["model"] = {name: options.pop(name) for name in list(options) if name in sizes}
     chosen = checked(TrainOptions, {"device": device, "seed": seed, **options})
     if not resume and out.exists():
         for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
-    initial = load_model("sttn", start).model.state_dict() if start else None
-    trainer = Trainer(recording, out, chosen, initial)
+    initial = load_model(model, start).model.state_dict() if start else None
+    trainer = Trainer(recording, out, chosen, initial, model)
     trainer.run(_reporter(on_progress), stop)
     return _finish(trainer, recording, data, out, start)
 
@@ -98,9 +99,9 @@ def _finish(trainer: Trainer, recording: TrafficRecording, data: Path, out: Path
     model = trainer.best_model()
     options = {name: value for name, value in asdict(trainer.options).items() if name not in ("model", "device")}
     card = Card(
-        model="sttn",
+        model=trainer.name,
         task="traffic",
-        config=asdict(model.config),
+        config=asdict(cast("Any", trainer.config)),
         sensors=recording.sensors,
         step_s=recording.step_s,
         unit=recording.unit,
@@ -109,6 +110,7 @@ def _finish(trainer: Trainer, recording: TrafficRecording, data: Path, out: Path
             "data": recording.name,
             "frames": len(recording.values),
             "split": "70/10/20 in time order",
+            "graph": "learned" if getattr(trainer.config, "graph", "given") == "learned" else recording.graph_from,
             **options,
             "steps": trainer.step,
             "best_step": trainer.best_step,
@@ -120,7 +122,7 @@ def _finish(trainer: Trainer, recording: TrafficRecording, data: Path, out: Path
     )
     save_weights(model, out, card)
     return {
-        "model": "sttn",
+        "model": trainer.name,
         "data": str(data),
         "out": str(out),
         "ended": trainer.progress >= 1 or trainer.stale >= trainer.options.patience,
@@ -223,7 +225,10 @@ def _evaluate_model(
     cold = evaluate_cold(tensors, split, forward, WINDOW, horizons)
     result: dict[str, Any] = {"weights": loaded.weights_hash, "metrics": cold.metrics(recording.step_s, wanted)}
     field = network.receptive_field
-    if loaded.card.config.get("form", "causal") == "causal" and field is not None:
+    if field is None:
+        warm = evaluate_stream(tensors, split, network, horizons, device, lambda: say({}))
+        result["warm"] = warm.metrics(recording.step_s, wanted)
+    elif loaded.card.config.get("form", "causal") == "causal":
         warm = evaluate_warm(tensors, split, forward, field, horizons)
         result["warm"] = warm.metrics(recording.step_s, wanted)
     else:

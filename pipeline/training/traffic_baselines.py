@@ -33,7 +33,7 @@ def persistence_errors(data: TrafficTensors, split: str, horizons: int) -> Horiz
     errors, ends = HorizonErrors(horizons), _ends(data, split, horizons)
     model = Persistence(data.value.shape[1], horizons, data.mean)
     filled = model({"value": data.value[None], "observed": data.observed[None]})[0]
-    for chunk in ends.split(256):  # type: ignore[no-untyped-call]
+    for chunk in ends.split(256):
         errors.add(filled[chunk], *data.truth(chunk, horizons))
     return errors
 
@@ -41,7 +41,7 @@ def persistence_errors(data: TrafficTensors, split: str, horizons: int) -> Horiz
 def weekly_average_errors(data: TrafficTensors, split: str, horizons: int, slots_per_day: int) -> HorizonErrors:
     """The table of the training part."""
     errors, model = HorizonErrors(horizons), weekly_average(data, horizons, slots_per_day)
-    for chunk in _ends(data, split, horizons).split(256):  # type: ignore[no-untyped-call]
+    for chunk in _ends(data, split, horizons).split(256):
         errors.add(model(data.frames(chunk)), *data.truth(chunk, horizons))
     return errors
 
@@ -73,7 +73,7 @@ def ridge_errors(
             x, y = residual[use[:, None] + back, n], residual[use + h, n]
             weights.append(torch.linalg.solve(x.T @ x + identity, x.T @ y))
         coefficients = torch.stack(weights)
-        for chunk in ends.split(512):  # type: ignore[no-untyped-call]
+        for chunk in ends.split(512):
             ahead = torch.einsum("tkn,nk->tn", residual[chunk[:, None] + back], coefficients)
             forecast = ahead.float() + table.table[index[chunk + h]].float()
             truth, observed = data.value[chunk + h], data.observed[chunk + h]

@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from stepstream.models.base import StreamModel, close_rows
 from stepstream.pipeline.training.traffic_data import TrafficTensors
 
-__all__ = ["HorizonErrors", "evaluate_cold", "evaluate_warm", "published_horizons"]
+__all__ = ["HorizonErrors", "evaluate_cold", "evaluate_stream", "evaluate_warm", "published_horizons"]
+
+WARM_UP = 576
+"""Frames that a model of unbounded receptive field sees before the first that counts: two days of METR-LA."""
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 
@@ -63,7 +67,7 @@ def evaluate_cold(
     """The published protocol: state reset, `window` frames in, the forecast of the last position scored."""
     part, errors = data.splits[split], HorizonErrors(horizons)
     ends = torch.from_numpy(data.unbroken(part.first, part.last, window - 1, horizons)[::stride])
-    for chunk in ends.split(batch):  # type: ignore[no-untyped-call]
+    for chunk in ends.split(batch):
         output = forward(data.frames(chunk[:, None] + torch.arange(1 - window, 1)))
         errors.add(output[:, -1], *data.truth(chunk, horizons))
     return errors
@@ -86,4 +90,33 @@ def evaluate_warm(
                 pieces.append(forward({name: x[None] for name, x in data.frames(torch.arange(left, right)).items()})[0])
         output = torch.cat(pieces)
         errors.add(output[t - begin], *data.truth(t, horizons))
+    return errors
+
+
+@torch.no_grad()
+def evaluate_stream(
+    data: TrafficTensors,
+    split: str,
+    model: StreamModel,
+    horizons: int,
+    device: str = "cpu",
+    on_frame: Callable[[], None] = lambda: None,
+) -> HorizonErrors:
+    """What a live system has, for a model of unbounded receptive field: one state stepped along the stream.
+
+    It starts fresh `WARM_UP` frames before the part (or where the recording starts) and is carried through the whole
+    part; at a gap it starts afresh, as the forecast operator does.
+    """
+    part, errors = data.splits[split], HorizonErrors(horizons)
+    scored = set(data.unbroken(part.first, part.last, 0, horizons).tolist())
+    state, fresh = model.initial_state(1, device), model.initial_state(1, device)
+    only = torch.zeros(1, dtype=torch.int64, device=device)
+    for t in range(max(0, part.first - WARM_UP), part.last):
+        if data.restarts[t]:
+            close_rows(state, fresh, only)
+        now = torch.tensor([t])
+        output = model.step({name: x.to(device) for name, x in data.frames(now).items()}, state, only)
+        if t in scored:
+            errors.add(output, *data.truth(now, horizons))
+        on_frame()
     return errors

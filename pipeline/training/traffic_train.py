@@ -1,4 +1,4 @@
-"""Training of STTN on a traffic recording: long segments in which every position carries a loss at every horizon."""
+"""Training on a traffic recording: long segments in which every position carries a loss at every horizon."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,17 @@ from torch import Tensor, nn
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.traffic import TrafficRecording
-from stepstream.models.graphs import chebyshev_polynomials
-from stepstream.models.sttn import STTN, STTNConfig
-from stepstream.pipeline.training import checked
+from stepstream.models.base import StreamModel
 from stepstream.pipeline.training.traffic_data import WINDOW, TrafficTensors
-from stepstream.pipeline.training.traffic_metrics import evaluate_cold, evaluate_warm, published_horizons
+from stepstream.pipeline.training.traffic_metrics import (
+    evaluate_cold,
+    evaluate_stream,
+    evaluate_warm,
+    published_horizons,
+)
+from stepstream.pipeline.training.traffic_models import NETWORKS, NetworkConfig
 
-__all__ = ["TrainOptions", "Trainer", "build_sttn"]
+__all__ = ["TrainOptions", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class TrainOptions:
     step by step), or when validation has not improved for `patience` evaluations. `segments`: (batch, frames) shapes,
     one chosen at random each step. `early_weight`: weight of the loss at positions with fewer than 12 frames behind
     them. `ema`: decay of the averaged weights, which are what is evaluated and shipped. `hide`: fraction of sensors
-    hidden through a whole training segment.
+    hidden through a whole training segment. `form`: "bidirectional" is for STTN alone.
     """
 
     form: Literal["causal", "bidirectional"] = "causal"
@@ -57,19 +61,6 @@ class TrainOptions:
     patience: int = 12
     device: str = "cpu"
     model: dict[str, Any] = field(default_factory=dict)
-
-
-def build_sttn(recording: TrafficRecording, data: TrafficTensors, sizes: dict[str, Any]) -> STTN:
-    """An untrained STTN whose sizes and graph fit the recording; without a graph, the graph is learned."""
-    slots = 86_400 // recording.step_s
-    graph = "given" if recording.graph else "learned"
-    config = checked(STTNConfig, {"sensors": len(recording.sensors), "slots_per_day": slots, "graph": graph, **sizes})
-    if config.form == "bidirectional" and config.memory < WINDOW:
-        raise InputError(f"memory is {config.memory}: at least {WINDOW} was expected, the window of the paper's form")
-    polynomials = None
-    if recording.graph and config.graph == "given":
-        polynomials = chebyshev_polynomials(config.sensors, *recording.graph, order=config.chebyshev_order)
-    return STTN(config, polynomials, data.mean, data.std)
 
 
 def keep_freed_memory() -> None:
@@ -92,12 +83,24 @@ class Trainer:
     """
 
     def __init__(
-        self, recording: TrafficRecording, out: Path, options: TrainOptions, initial: dict[str, Tensor] | None = None
+        self,
+        recording: TrafficRecording,
+        out: Path,
+        options: TrainOptions,
+        initial: dict[str, Tensor] | None = None,
+        name: str = "sttn",
     ) -> None:
+        """`name`: one of `NETWORKS`. `initial`: parameters to begin with."""
         torch.manual_seed(options.seed)
-        self.options, self.out, self.step_s = options, out, recording.step_s
+        self.name, self.options, self.out, self.step_s = name, options, out, recording.step_s
         self.data = TrafficTensors.of(recording, options.model.get("horizons", WINDOW))
-        self.model = build_sttn(recording, self.data, {**options.model, "form": options.form}).to(options.device)
+        sizes = dict(options.model)
+        if name == "sttn":
+            sizes["form"] = options.form
+        elif options.form != "causal":
+            raise InputError(f"--set form={options.form}: {name} has the causal form alone")
+        self.model: StreamModel = NETWORKS[name].build(recording, self.data, sizes).to(options.device)
+        self.config = cast("NetworkConfig", self.model.config)
         if initial is not None:
             self.model.load_state_dict(initial)
         self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
@@ -117,8 +120,8 @@ class Trainer:
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
-        hidden = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Linear)}
-        hidden -= {id(self.model.head_out.weight), id(self.model.embed.weight)}
+        linear = {name: m.weight for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        hidden = {id(weight) for name, weight in linear.items() if name not in ("embed", "head_out")}
         for parameter in self.model.parameters():
             if id(parameter) in hidden:
                 matrices.append(parameter)
@@ -151,13 +154,13 @@ class Trainer:
 
     def _segment(self) -> Tensor:
         """Frame indices [B, T] of one training batch."""
-        horizons = self.model.config.horizons
+        horizons = self.config.horizons
         if self.options.form == "bidirectional":
-            batch, time_ = self.options.segments[0][0], self.model.config.memory
+            batch, time_ = self.options.segments[0][0], int(cast("Any", self.config).memory)
         else:
             batch, time_ = self.options.segments[self.random.integers(len(self.options.segments))]
         # As many values in a batch as METR-LA's 207 sensors give.
-        batch = max(1, round(batch * 207 / self.model.config.sensors))
+        batch = max(1, round(batch * 207 / self.config.sensors))
         last = self.data.splits["train"].last
         ends = self._ends.get(time_)
         if ends is None:
@@ -177,12 +180,12 @@ class Trainer:
             forecast, index = self.model(x)[:, -1:], index[:, -1:]
         else:
             forecast = self.model(x)
-        truth, observed = (part.to(device) for part in self.data.truth(index, self.model.config.horizons))
+        truth, observed = (part.to(device) for part in self.data.truth(index, self.config.horizons))
         weight = observed.float()
         if o.form == "causal":
             position = torch.arange(index.shape[1], device=device)
             weight = weight * torch.where(position < WINDOW - 1, o.early_weight, 1.0)[:, None, None]
-        loss: Tensor = ((forecast - truth).abs() * weight).sum() / weight.sum().clamp(min=1) / self.model.std
+        loss: Tensor = ((forecast - truth).abs() * weight).sum() / weight.sum().clamp(min=1) / self.std
         return loss
 
     def train_step(self) -> float:
@@ -194,7 +197,7 @@ class Trainer:
         loss = self._loss(self._segment())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -202,20 +205,26 @@ class Trainer:
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, p in self.model.state_dict().items():
-                self.average[name].lerp_(p, 1 - decay)
+                if p.is_floating_point():
+                    self.average[name].lerp_(p, 1 - decay)
         self.step += 1
         self.seconds += time.monotonic() - start
-        return float(loss.detach() * self.model.std)
+        return float(loss.detach() * self.std)
 
-    def averaged(self) -> STTN:
+    @property
+    def std(self) -> Tensor:
+        """The unit of the loss."""
+        return self.model.get_buffer("std")
+
+    def averaged(self) -> StreamModel:
         """A copy of the model with the averaged weights, in eval mode."""
         return self._with(self.average)
 
-    def best_model(self) -> STTN:
+    def best_model(self) -> StreamModel:
         """A copy of the model with the weights of the best validation so far, in eval mode."""
         return self._with(torch.load(self.out / "best.pt", weights_only=True))
 
-    def _with(self, weights: dict[str, Tensor]) -> STTN:
+    def _with(self, weights: dict[str, Tensor]) -> StreamModel:
         # A copy, not a new model: that would draw from the random numbers that training goes on with.
         model = copy.deepcopy(self.model)
         model.load_state_dict(weights)
@@ -224,10 +233,13 @@ class Trainer:
     @torch.no_grad()
     def validate(self, split: str = "validation", stride: int = 8, warm: bool = True) -> dict[str, float]:
         """Errors of the averaged weights at horizons 3, 6, 12; cold ones over every `stride`-th window."""
-        model, horizons = self.averaged(), self.model.config.horizons
+        model, horizons = self.averaged(), self.config.horizons
         errors = {"cold": evaluate_cold(self.data, split, model, WINDOW, horizons, stride)}
         if warm and self.options.form == "causal":
-            errors["warm"] = evaluate_warm(self.data, split, model, model.receptive_field or 1, horizons)
+            if model.receptive_field is None:
+                errors["warm"] = evaluate_stream(self.data, split, model, horizons, self.options.device)
+            else:
+                errors["warm"] = evaluate_warm(self.data, split, model, model.receptive_field, horizons)
         return {
             f"{kind}_{name}": round(value, 4)
             for kind, sums in errors.items()
@@ -238,6 +250,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint so that a crash at any moment leaves the old or the new one."""
         state = {
+            "name": self.name,
             "model": self.model.state_dict(),
             "average": self.average,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -256,6 +269,8 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        if state.get("name", self.name) != self.name:
+            raise InputError(f"{self.out} holds a training of {state['name']}: one of {self.name} was expected")
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

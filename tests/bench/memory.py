@@ -27,6 +27,8 @@ def resident_mb() -> float:
 
 def main() -> None:
     recording = Path(sys.argv[2]) if len(sys.argv) > 2 else DATA / "traffic" / "metr_la.npz"
+    if not recording.exists():
+        sys.exit(f"error: {recording} is not there: give a recording, as in `memory FOLDER metr_la.npz`")
     samples: list[tuple[int, float]] = []
 
     def sample(done: int, total: int | None) -> None:

@@ -10,14 +10,19 @@ a new record of every record in both.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import bytewax.operators as op
 import numpy as np
-from bytewax.dataflow import Dataflow
-from bytewax.outputs import DynamicSink, StatelessSinkPartition
-from bytewax.testing import TestingSource, run_main
+
+try:
+    import bytewax.operators as op
+    from bytewax.dataflow import Dataflow
+    from bytewax.outputs import DynamicSink, StatelessSinkPartition
+    from bytewax.testing import TestingSource, run_main
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed: run it as `uv run --group bench python -m tests.bench.overhead`")
 from tests.bench.common import cpu_seconds, report
 
 from stepstream.connectors import base

@@ -57,6 +57,42 @@ def test_poll_returns_when_nothing_comes() -> None:
         assert process.stdout.read() == b"True\n"
 
 
+@pytest.mark.parametrize(
+    ("rest", "given", "left", "said"),
+    [
+        (b'ue": 1}\n{"next', ["0", "1"], b'{"next', b""),  # the line that was taken in half, and not a byte more
+        (b"", ["0"], b"", b"what came of it is lost"),
+    ],
+)
+def test_a_drained_pipe_keeps_what_follows(rest: bytes, given: list[str], left: bytes, said: bytes) -> None:
+    code = f"""
+import os, sys
+from stepstream.connectors import stdio
+stdio._CHUNK = 80
+source = stdio.Stdin(stdio.Stdin.Options(key="la", resume="continue"))
+source.seek({{("stdin", 0): 7}})
+first = source.poll(1, 10)
+source.drain()
+records = first + source.poll(100, 10)
+assert source.poll(100, 0) == [] and source.proof({{("stdin", 0): 7}}) is None and not source.repeatable
+print([r.value.sensor for r in records], [r.origin.offset for r in records])
+os.set_blocking(0, False)
+sys.stdout.flush()
+os.write(1, os.read(0, 100) if {bool(left)} else b"")
+"""
+    whole = b'{"sensor": "0", "time": 0, "value": 1.0}\n{"sensor": "1", "time": 1, "val'
+    half = whole + b" " * (80 - len(whole))  # all of the first read
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdin.write(half if not rest else half.rstrip() + rest)
+        process.stdin.flush()
+        out, err = process.stdout.read(), process.stderr.read()
+    assert out == f"{given} {list(range(7, 7 + len(given)))}\n".encode() + left, err
+    assert said in err and bool(said) == bool(err)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_standard_output_is_one_clear_line() -> None:
     with Path("/dev/full").open("wb") as full:

@@ -121,3 +121,21 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, reason: str) -> None:
 def test_other_texts_are_not_taken_for_traffic(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="of no known format"):
         open_recording(written(tmp_path, text))
+
+
+def test_negative_values_and_gaps_are_told_in_numbers_and_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "speeds.csv"
+    rows = ["2024-01-01T00:00,50,60", "2024-01-01T00:05,-1.5,60", "2024-01-01T00:10,50,-3", "2025-01-01T00:10,1,2"]
+    path.write_text("\n".join(["time,a,b", *rows]) + "\n")
+    recording = open_recording(path)
+    summary = recording.summary()
+    assert (summary["negative_values"], summary["longest_gap_s"]) == (2, 366 * 86_400)
+    assert list(recording.notes) == [
+        "2 negative values, the lowest -3: `align` rejects them (its option negative)",
+        "time skips frames once, most of them from 2024-01-01T00:10:00 to 2025-01-01T00:10:00 (366 days)",
+    ]
+    path.write_text("\n".join(["time,a,b", *rows[:1], *rows[3:]]) + "\n")
+    assert open_recording(path).summary()["longest_gap_s"] == 0  # two frames: their distance is the step
+    path.write_text("\n".join(["time,a,b", *rows[:1], "2024-01-01T00:05,1,1"]) + "\n")
+    plain = open_recording(path)
+    assert (plain.summary()["negative_values"], plain.summary()["longest_gap_s"], plain.notes) == (0, 0, ())

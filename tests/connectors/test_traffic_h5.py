@@ -94,6 +94,17 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], reason:
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(("axis", "said"), [("axis1", "there are no frames"), ("axis0", "there are no sensors")])
+def test_what_pandas_writes_for_an_empty_frame_is_an_empty_recording(tmp_path: Path, axis: str, said: str) -> None:
+    path = pandas_fixed(tmp_path / "empty.h5", [b"a", b"b"], np.ones((1, 2)), without=axis)
+    with h5py.File(path, "a") as file:
+        # As BlockManagerFixed.write_array_empty: a float64 of shape [1], whose attributes say what it stands for.
+        placeholder = file["df"].create_dataset(axis, data=np.empty(1))
+        placeholder.attrs["value_type"], placeholder.attrs["shape"] = np.bytes_("int64"), np.bytes_(b"(I0\ntp0\n.")
+    with pytest.raises(InputError, match=rf"empty\.h5: /df/{axis}: {said}: an empty recording"):
+        open_recording(path)
+
+
 def test_truncations_are_input_errors(tmp_path: Path) -> None:
     whole = pandas_fixed(tmp_path / "x", [b"a", b"b"], np.ones((500, 2))).read_bytes()
     cut = tmp_path / "cut.h5"

@@ -193,3 +193,54 @@ def test_persistence_takes_its_sensors_from_any_card(weights: Path) -> None:
 def test_wrong_options_are_named(weights: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         forecaster(weights, **options)
+
+
+def test_a_frame_of_another_network_is_a_dead_letter_and_a_step_without_values(weights: Path) -> None:
+    def stream(foreign: Record | None) -> list[Record]:
+        middle = frame(10, 10 * STEP_S * SECOND, SENSORS, [None, None, None]) if foreign is None else foreign
+        return [*frames(10), middle, *(r for r in frames(20)[11:])]
+
+    other = frame(10, 10 * STEP_S * SECOND, ("x", "y"), [99, None])
+    context = RecordingContext()
+    outputs = forecaster(weights).process(stream(other), context)
+    expected = forecaster(weights).process(stream(None), RecordingContext())
+    assert [r.origin.offset for r in outputs] == [offset for offset in range(20) if offset != 10]
+    assert np.array_equal(values(outputs), values([*expected[:10], *expected[11:]]))
+    assert [r.value.age_s.tolist() for r in outputs[10:]] == [r.value.age_s.tolist() for r in expected[11:]]
+    assert context.reasons == [f"a frame of another network: it has x, y, and none of the 3 sensors of {weights}"]
+    assert context.counts["unknown_sensor"] == 1
+    # Wherever it is cut and restored, the same.
+    for cut in (10, 11):
+        first, second = forecaster(weights), forecaster(weights)
+        before = first.process(stream(other)[:cut], RecordingContext())
+        second.restore("net", first.snapshot("net"))
+        after = second.process(stream(other)[cut:], RecordingContext())
+        assert np.array_equal(values([*before, *after]), values(outputs))
+
+
+def test_a_stream_of_another_network_has_no_forecast_at_all_and_one_of_ours_may_follow(weights: Path) -> None:
+    foreign = [frame(i, i * STEP_S * SECOND, ("x",), [1], restart=i == 0) for i in range(14)]
+    operator, context = forecaster(weights), RecordingContext()
+    assert operator.process(foreign, context) == []
+    assert len(context.dead) == 14
+    assert context.counts["blind"] == context.counts["absent_sensors"] == 0
+    ours = frame(14, 14 * STEP_S * SECOND, ("x", "b"), [None, 50])
+    (out,) = operator.process([ours], context)
+    assert not out.value.blind
+    assert out.value.age_s.tolist() == [np.inf, 0, np.inf]
+
+
+def test_sensors_that_a_frame_lacks_are_counted_and_the_log_says_so_once(
+    weights: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = [frame(i, i * STEP_S * SECOND, ("b",), [50], restart=i == 0) for i in range(30)]
+    context = RecordingContext()
+    with caplog.at_level("WARNING", logger="stepstream"):
+        operator = forecaster(weights)
+        operator.process(stream, context)
+        forecaster(weights).process(frames(30), context)
+    assert context.counts["absent_sensors"] == 2 * 30
+    assert not context.dead
+    assert [r.getMessage() for r in caplog.records] == [
+        f"2 of the 3 sensors of {weights} are in none of the first 12 frames: nothing is known of them"
+    ]

@@ -316,6 +316,26 @@ def test_intervals_start_when_every_horizon_has_enough_truths_and_do_not_go_belo
     assert any((r.value.lower < 0).any() for r in below if isinstance(r.value, Forecast) and r.value.lower is not None)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(width=32) | st.sampled_from([0.0, -2.5, -1e-30, 3.4e38, -3.4e38]), min_size=9, max_size=9),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_a_forecast_always_lies_within_its_interval(guess: list[float], seed: int, nonnegative: bool) -> None:
+    operator = make(nonnegative=nonnegative)
+    last = run_whole(operator, stream(60, seed, models=1), RecordingContext())[-1]
+    cause = Record(last.key, T0 + 100 * SLOT, None, Origin("in", 0, 10_000))
+    values = np.array(guess, np.float32).reshape(3, 3)
+    (out,) = operator.process([forecast(cause, values, "m0")], RecordingContext())
+    assert out.value.lower is not None
+    number = np.isfinite(values)
+    assert (out.value.lower <= values)[number].all()
+    assert (values <= out.value.upper)[number].all()
+    if nonnegative:
+        assert (out.value.lower >= np.minimum(values, 0))[number].all()
+
+
 def test_a_models_own_interval_is_scored_when_none_is_asked_for() -> None:
     a = truth(0, (1, 1, 1))
     own = Forecast(

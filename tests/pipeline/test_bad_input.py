@@ -191,7 +191,10 @@ def test_values_of_a_recording_that_cannot_be_speeds(here: Path) -> None:
     assert "expected a finite value (0 or more), but 'n2' is -3.0" in rows("out/dead_letters.jsonl")[0]["reason"]
     assert summary["records_in"] == used(summary) + 1
     noted = json.loads(CliRunner().invoke(app, ["inspect", "day.npz", "--json"]).stdout)["notes"]
-    assert noted == ["1 infinite values are taken as missing"]
+    assert noted == [
+        "1 infinite values are taken as missing",
+        "1 negative values, the lowest -3: `align` rejects them (its option negative)",
+    ]
 
 
 # Streams
@@ -419,11 +422,21 @@ def test_weights_for_another_step_or_fewer_horizons(here: Path) -> None:
     line = expect_mistake(1, run("operators.align.every=5min"), "operator 'forecast' failed")
     assert "300 s apart: the weights expect 600 s" in line
     expect_mistake(2, run("operators.1.forecast.horizons=9"), "horizons is 9: the weights forecast 3")
-    summary = good("operators.score.horizons=[1, 3, 5]", "sink.files.path=far")
-    # Nothing can be scored, and every forecast says so.
-    assert summary["dead_letters"] == {"score": 2 * FRAMES}
+    expect_mistake(
+        2,
+        run("operators.score.horizons=[1, 3, 5]"),
+        "operators[3].score.horizons: [1, 3, 5]: the forecasts made before it have 3 horizons at most",
+    )
+    expect_mistake(
+        2,
+        run("operators.1.forecast.horizons=1", "operators.2.forecast.horizons=2"),
+        "operators[3].score.horizons: [1, 3]: the forecasts made before it have 2 horizons at most",
+    )
+    # One of two models is enough: the forecasts of the other say why they are not scored.
+    summary = good("operators.1.forecast.horizons=2", "sink.files.path=far")
+    assert summary["dead_letters"] == {"score": FRAMES}
     reasons = {letter["reason"] for letter in rows("far/dead_letters.jsonl")}
-    assert "score: horizons asks for number 5, but a forecast of 'sttn' has 3" in reasons
+    assert reasons == {"score: horizons asks for number 3, but a forecast of 'sttn' has 2"}
 
 
 # The pipeline file

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from stepstream.pipeline.cli import app
+from stepstream.pipeline.cli.run import scores_table
 
 MAIN = [sys.executable, "-c", "from stepstream.pipeline.cli import main; main()"]
 VERBS = ["demo", "run", "describe", "inspect", "replay", "train", "evaluate", "models"]
@@ -93,6 +97,9 @@ def test_help_names_every_verb() -> None:
         (["demo", "trafic"], 2, "error: demo 'trafic': no such demo; did you mean 'traffic'?"),
         (["train", "stn", "--data", "speeds.csv", "--out", "w"], 2, "error: no model is called 'stn': did you mean 'sttn'"),  # noqa: E501
         (["evaluate", "stn", "--data", "speeds.csv"], 2, "error: no model is called 'stn': did you mean 'sttn'"),
+        (["train", "sttn", "--data", "speeds.csv", "--out", "w", "--set", "leraning_rate=1"], 2, "error: --set leraning_rate: "),  # noqa: E501
+        (["run", "toy.yaml", "--set", "operators.my_part:Scale.by=3"], 2, "has no 'my_part:Scale'; did you mean 'my_parts:Scale'? (it has: my_parts:Scale)"),  # noqa: E501
+        (["run", "toy.yaml", "--set", "operators=[{align: {every: 0s}}]"], 2, "every: '0s': "),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line_and_an_exit_code(here: Path, args: list[str], code: int, message: str) -> None:
@@ -142,6 +149,29 @@ def test_the_environment_and_set_reach_the_run(here: Path) -> None:
     assert not (here / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "hint"),
+    [
+        ("STEPSTREAM_SINKS", "; did you mean 'STEPSTREAM_SINK'?"),
+        ("STEPSTREAM_SUORCE__REPLAY__SPEED", "; did you mean 'STEPSTREAM_SOURCE__REPLAY__SPEED'?"),
+        ("STEPSTREAM_SOURCE_REPLAY__SPEED", "; did you mean 'STEPSTREAM_SOURCE__REPLAY__SPEED'?"),
+        ("STEPSTREAM_XYZ", " (expected STEPSTREAM_ and NAME, SOURCE, OPERATORS, SINK or ENGINE)"),
+        ("STEPSTREAM_SERVICE_HOST", None),
+        ("STEPSTREAM_N", None),  # the file uses it itself
+        ("OTHER_SINKS", None),
+    ],
+)
+def test_a_variable_that_means_nothing_is_warned_of(
+    here: Path, monkeypatch: pytest.MonkeyPatch, variable: str, hint: str | None
+) -> None:
+    (here / "toy.yaml").write_text(TOY.replace("name: toy", "name: toy${STEPSTREAM_N:-}"))
+    monkeypatch.setenv(variable, "7")
+    result = CliRunner().invoke(app, ["run", "toy.yaml"])
+    assert result.exit_code == 0
+    said = result.stderr.partition(" ")[2]
+    assert said == ("" if hint is None else f"warning: the environment variable {variable} means nothing{hint}\n")
+
+
 def test_several_problems_are_several_lines(here: Path) -> None:
     (here / "bad.yaml").write_text(TOY.replace("by: 3", "bye: 3").replace("n: 5", "n: x").replace("name: toy\n", ""))
     result = call("run", "bad.yaml")
@@ -174,6 +204,43 @@ def test_sigterm_stops_gracefully_and_the_next_run_goes_on(here: Path) -> None:
     assert rest["this_run"]["records_in"] < 300_000
     values = [json.loads(line)["value"] for line in (here / "out" / "readings.jsonl").read_text().splitlines()]
     assert values == [3.0 * n for n in range(300_000)]
+
+
+def test_a_stop_while_it_starts_is_a_stop(here: Path) -> None:
+    """The signal comes while the pipeline's own classes are imported, long before the first record."""
+    slow = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    (here / "my_parts.py").write_text(slow + (here / "my_parts.py").read_text())
+    result = call("run", "toy.yaml", env={"PYTHONPATH": str(here)})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "stopped before it began\n")
+    assert not (here / "out").exists()
+    result = call("run", "toy.yaml", "--json", env={"PYTHONPATH": str(here)})
+    assert json.loads(result.stdout) == {"started": False, "ended": False, "stopped": True}
+
+
+def test_scores_of_several_networks_are_told_apart() -> None:
+    nan = float("nan")
+    score = {
+        "key": "la",
+        "model": "sttn",
+        "horizon_s": 900,
+        "count": 12,
+        "mae": 2.5,
+        "rmse": 3.0,
+        "mape": 0.05,
+        "covered": 0.9,
+    }
+    none = {**score, "key": "bay", "count": 0, "mae": nan, "rmse": nan, "mape": nan, "covered": None}
+
+    def shown(scores: list[dict[str, Any]]) -> list[list[str]]:
+        text = io.StringIO()
+        Console(file=text, width=140).print(scores_table(scores))
+        return [[cell.strip() for cell in re.split("[│┃]", row)[1:-1]] for row in text.getvalue().splitlines()]
+
+    one, two = shown([score]), shown([score, none])
+    assert one[1] == ["model", "horizon", "values", "MAE", "RMSE", "MAPE", "covered"]
+    assert two[1] == ["network", *one[1]]
+    assert two[3] == ["la", "sttn", "15 min", "12", "2.500", "3.000", "5.00%", "90.0%"]
+    assert two[4] == ["bay", "sttn", "15 min", "-", "-", "-", "-", "-"]
 
 
 def test_stdout_as_sink_keeps_the_summary_apart(here: Path) -> None:
@@ -266,6 +333,8 @@ def test_evaluate_scores_a_baseline(here: Path) -> None:
     assert table.returncode == 0, table.stderr
     assert "mae 60" in table.stdout
     assert "weekly-average" in table.stdout
+    without = CliRunner().invoke(app, ["evaluate", "sttn", "--data", "weeks.csv"])
+    assert (without.exit_code, without.stderr.startswith("error: sttn needs --weights: a folder")) == (2, True)
 
 
 def test_models_lists_models_and_baselines() -> None:

@@ -381,7 +381,7 @@ def test_an_input_that_ends_before_the_commit_is_refused(tmp_path: Path) -> None
     [
         (lambda c: "{", "commit.json was changed by somebody"),
         (lambda c: json.dumps([c]), "version is None"),
-        (lambda c: json.dumps({**c, "version": 2}), "version is 2, and this program reads version 1"),
+        (lambda c: json.dumps({**c, "version": 3}), "version is 3, and this program reads versions 1 and 2"),
         (lambda c: json.dumps({**c, "offsets": [["in", 0, -1]]}), "offsets.0.2: .*equal to 0, not '-1'"),
         (lambda c: json.dumps({**c, "extra": 1}), "extra: Extra inputs"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "sink"}), "sink: Field required"),

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from stepstream.connectors.base import DeadLetter, Undecodable
+from stepstream.connectors.records import Origin, Record
+from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.logs import configure, get_logger
 
 
@@ -67,3 +70,35 @@ def test_stdout_stays_clean() -> None:
 def test_an_unknown_level_is_an_error() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         configure("loud")
+
+
+def letter(reason: str, operator: str = "source", offset: int = 0) -> DeadLetter:
+    return DeadLetter(Record("k", 0, Undecodable(b"", reason), Origin("t", 0, offset)), operator, reason)
+
+
+def test_dead_letters_are_said_once_a_kind_and_then_once_a_minute() -> None:
+    out, now = io.StringIO(), [0.0]
+    configure("warning", "json", out)
+    log = DeadLetterLog(60, lambda: now[0])
+    for second in range(150):
+        now[0] = float(second)
+        log.see(
+            [letter(f"time: 'x{second}' is {second}.5 s late", offset=second), letter("no sensor", "align", second)]
+        )
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    late = [line for line in lines if line["operator"] == "source"]
+    assert len(late) == 3 and len(lines) == 6
+    assert (late[0]["level"], late[0]["message"]) == ("warning", "dead letter: time: 'x0' is 0.5 s late")
+    assert (late[0]["key"], late[0]["offset"]) == ("k", 0) and "count" not in late[0]
+    assert late[1]["message"] == "dead letters: 60 more, the last one: time: 'x60' is 60.5 s late"
+    assert (late[1]["count"], late[1]["total"], late[2]["count"], late[2]["total"]) == (60, 61, 60, 121)
+
+
+def test_endless_kinds_of_dead_letters_do_not_flood() -> None:
+    out = io.StringIO()
+    configure("warning", "human", out)
+    log = DeadLetterLog(60, lambda: 5.0)
+    words = [f"{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
+    log.see([letter(f"the value {word} is strange") for word in words])
+    assert len(out.getvalue().splitlines()) == 101
+    log.see([])

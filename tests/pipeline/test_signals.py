@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from contextlib import suppress
 
 import pytest
 
-from stepstream.pipeline.signals import stop_on_signals
+from stepstream.pipeline.signals import StoppedEarly, leave_on_signals, stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -42,3 +44,21 @@ def test_outside_the_main_thread_it_is_just_an_event() -> None:
     thread.start()
     thread.join()
     assert seen == [False, before]
+
+
+def test_before_it_began_a_signal_leaves_at_once_and_then_none_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupted_import(number: signal.Signals) -> None:
+        with suppress(Exception), leave_on_signals():  # what importers do
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(StoppedEarly):
+            interrupted_import(number)
+    with leave_on_signals() as begin:
+        begin()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+    assert signal.getsignal(signal.SIGTERM) is before

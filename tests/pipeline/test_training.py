@@ -48,12 +48,23 @@ def test_training_without_a_graph_fits_and_is_served(recording: Path, tmp_path: 
     loaded = load_model("sttn", tmp_path)
     assert loaded.card.sensors == ("n", "e", "s", "w")
     assert loaded.card.config["slots_per_day"] == 24
-    assert loaded.card.config["graph"] == "learned"
+    assert loaded.card.config["graph"] == loaded.card.training["graph"] == "learned"
     result = evaluate("sttn", recording, weights=tmp_path, device="cpu")
     keys = {f"{name}_{minutes}" for name in ("mae", "rmse", "mape") for minutes in (180, 360, 720)}
     assert set(result["metrics"]) == keys == set(result["warm"])
     assert set(result["baselines"]) == {"persistence", "weekly-average", "ridge"}
     assert result["metrics"]["mae_720"] < result["baselines"]["persistence"]["mae_720"]
+
+
+def test_without_roads_the_graph_is_of_positions_and_the_card_says_so(recording: Path, tmp_path: Path) -> None:
+    where = tmp_path / "where.csv"
+    where.write_text("n,34.02,-118.2\ne,34.01,-118.19\ns,34.0,-118.2\nw,34.01,-118.21\n")
+    run(recording, tmp_path / "given", 2, graph_file=str(where))
+    card = read_card(tmp_path / "given")
+    assert (card.config["graph"], card.training["graph"]) == ("given", "positions in where.csv")
+    run(recording, tmp_path / "learned", 2, graph_file=str(where), graph="learned")
+    card = read_card(tmp_path / "learned")
+    assert (card.config["graph"], card.training["graph"]) == ("learned", "learned")
 
 
 def test_a_stopped_training_goes_on_bit_for_bit(recording: Path, tmp_path: Path) -> None:
