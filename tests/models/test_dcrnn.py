@@ -35,13 +35,13 @@ def test_step_equals_window_over_520_steps(dtype: torch.dtype, tolerance: float)
     forms.step_equals_window(a_model(dtype=dtype), frames(2, 520, dtype), tolerance)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     layers=st.integers(1, 3),
     hops=st.integers(1, 3),
     width=st.integers(1, 5),
     max_age=st.integers(1, 6),
-    time=st.integers(1, 40),
+    time=st.integers(1, 30),
     graph=st.sampled_from(["given", "learned"]),
 )
 def test_step_equals_window_for_any_sizes(

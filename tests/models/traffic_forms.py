@@ -22,7 +22,7 @@ def frames(batch: int, time: int, dtype: torch.dtype = torch.float32, seed: int 
     generator = torch.Generator().manual_seed(seed)
     observed = torch.rand(batch, time, sensors, generator=generator) > 0.2
     observed &= torch.rand(batch, time, 1, generator=generator) > 0.1
-    observed[:, time // 3 : time // 3 + 40] = False
+    observed[:, time // 3 : time // 3 + min(40, time // 4)] = False
     return {
         "value": (50 + 10 * torch.randn(batch, time, sensors, generator=generator)).to(dtype),
         "observed": observed,

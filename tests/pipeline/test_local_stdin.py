@@ -213,9 +213,19 @@ def test_lines_already_taken_in_are_not_lost_and_the_next_pipe_goes_on(tmp_path:
     assert streams_of(FolderSink.files(tmp_path)) == streams_of(EXPECTED)
 
 
-def test_what_is_lost_behind_a_commit_is_said_and_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class _Said(logging.Handler):
+    """Keeps the warnings that a logger is given."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            self.warnings.append(record.getMessage())
+
+
+def test_what_is_lost_behind_a_commit_is_said_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Dies(Window):
         at = 250
 
@@ -229,15 +239,18 @@ def test_what_is_lost_behind_a_commit_is_said_and_counted(
         dies.at = at
         return [("window", dies), *chain()[1:]]
 
-    monkeypatch.setattr(logging.getLogger("stepstream"), "propagate", True)
+    # A handler of its own: commands that other tests ran in this process have set up the package's logger.
+    said, logger = _Said(), logging.getLogger("stepstream.pipeline.engines.local")
+    caplog.set_level(logging.WARNING, logger.name)
     with pipe(b"".join(LINES)), pytest.raises(KeyboardInterrupt):
         read(tmp_path, "continue", operators=operators(250), snapshot_every_s=1e9)
     assert commit(tmp_path)["offsets"] == [["stdin", 0, 200]] and not commit(tmp_path)["stopped"]
-    result = read_all(tmp_path, LINES[300:], "continue", operators=operators(1000))
-    said = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert [record.message for record in said if record.name.endswith("engines.local")] == [
-        "the last run here did not come to a stop: what it read behind its last commit is lost"
-    ]
+    logger.addHandler(said)
+    try:
+        result = read_all(tmp_path, LINES[300:], "continue", operators=operators(1000))
+    finally:
+        logger.removeHandler(said)
+    assert said.warnings == ["the last run here did not come to a stop: what it read behind its last commit is lost"]
     assert result.gaps == commit(tmp_path)["gaps"] == 1 and result.offsets == {("stdin", 0): 350}
     # As if the lost lines had never been there.
     whole = read_all(tmp_path / "whole", [*LINES[:200], *LINES[300:]], operators=operators(1000))
