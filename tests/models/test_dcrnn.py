@@ -84,6 +84,12 @@ def test_the_last_value_is_kept_until_it_is_too_old() -> None:
     expected = [50.0] * 2 + [value] * SMALL.max_age + [50.0] * 3
     torch.testing.assert_close(model(window)[0, :, 0, 3], torch.tensor(expected))
     torch.testing.assert_close(model(window)[0, :, 3, 1], torch.full((12,), 50.0))
+    state = model.initial_state(1)
+    ages = []
+    for t in range(12):
+        model.step(at(window, t), state)
+        ages.append(int(state["age"][0, 3]))
+    assert ages == [7, 7, 0, 1, 2, 3, 4, 5, 6, 7, 7, 7]
 
 
 def test_walks_are_powers_of_the_two_random_walks() -> None:
