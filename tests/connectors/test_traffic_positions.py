@@ -60,6 +60,7 @@ def test_what_is_no_place_makes_no_graph() -> None:
     assert same[2].tolist() == [1.0] * 9
 
 
+@pytest.mark.skipif(not (DATA / "traffic/metr_la.npz").exists(), reason="needs ../shared/data/traffic/metr_la.npz")
 def test_metr_la_roads_are_mostly_among_the_edges_that_positions_give() -> None:
     recording = open_recording(DATA / "traffic" / "metr_la.npz")
     graph = position_graph(recording.positions)

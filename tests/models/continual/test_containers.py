@@ -299,7 +299,8 @@ def test_compiles_and_exports() -> None:
 
 
 def test_equals_continual_inference() -> None:
-    co = pytest.importorskip("continual", reason="continual-inference is a dependency of the benchmarks alone")
+    pytest.importorskip("continual.container", reason="continual-inference is a dependency of the benchmarks alone")
+    co = pytest.importorskip("continual")
     layer = randomised(Sequential(Conv1d(3, 4, 5), Residual(Conv1d(4, 4, 3, padding=1)), Conv1d(4, 2, 3)))
     reference = co.Sequential(co.Conv1d(3, 4, 5), co.Residual(co.Conv1d(4, 4, 3, padding=1)), co.Conv1d(4, 2, 3)).eval()
     names = zip(reference.state_dict(), layer.state_dict().values(), strict=True)

@@ -244,7 +244,8 @@ def test_over_many_receptive_fields(batch: int) -> None:
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (1, 2), (2, 0)])
 def test_equals_continual_inference(stride: int, padding: int) -> None:
-    co = pytest.importorskip("continual", reason="continual-inference is a dependency of the benchmarks alone")
+    pytest.importorskip("continual.container", reason="continual-inference is a dependency of the benchmarks alone")
+    co = pytest.importorskip("continual")
     layer = randomised(Conv3d(2, 4, 5, stride=(stride, 1, 1), padding=(padding, 1, 1), space=(6, 5)))
     reference = co.Conv3d(2, 4, 5, stride=(stride, 1, 1), padding=(padding, 1, 1))
     reference.load_state_dict(layer.state_dict())
