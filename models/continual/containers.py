@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -14,7 +14,7 @@ from stepstream.models.continual.base import Layer, NotSteppable
 from stepstream.models.continual.delay import Crop, Delay
 from stepstream.models.continual.follower import Follower, follow, follower_memory
 
-__all__ = ["Parallel", "Pointwise", "Reduce", "Residual", "Sequential"]
+__all__ = ["Parallel", "Pointwise", "Reduce", "Residual", "Sequential", "reduced"]
 
 Reduce: TypeAlias = Literal["sum", "concat", "mul", "max"]
 
@@ -252,6 +252,21 @@ class _Rates:
             )
 
 
+def reduced(reduce: Reduce, outputs: Sequence[Tensor], channels: int) -> Tensor:
+    """Outputs of the same steps as one; `channels` is the axis that "concat" is along."""
+    if reduce == "concat":
+        return torch.cat(list(outputs), dim=channels)
+    result = outputs[0]
+    for output in outputs[1:]:
+        if reduce == "sum":
+            result = result + output
+        elif reduce == "mul":
+            result = result * output
+        else:
+            result = torch.maximum(result, output)
+    return result
+
+
 class Parallel(_Container):
     """Layers side by side: each is given the whole input; outputs are summed, concatenated, multiplied, or max'ed.
 
@@ -300,20 +315,7 @@ class Parallel(_Container):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, features...] -> [B, T', features...]."""
-        return self._reduced([layer(delay(x)) for delay, layer in self._branches()], channels=2)
-
-    def _reduced(self, outputs: list[Tensor], channels: int) -> Tensor:
-        if self.reduce == "concat":
-            return torch.cat(outputs, dim=channels)
-        result = outputs[0]
-        for output in outputs[1:]:
-            if self.reduce == "sum":
-                result = result + output
-            elif self.reduce == "mul":
-                result = result * output
-            else:
-                result = torch.maximum(result, output)
-        return result
+        return reduced(self.reduce, [layer(delay(x)) for delay, layer in self._branches()], channels=2)
 
     def memory(self, streams: int, device: torch.device | str | None = None) -> Tree:
         """By branch: the memory of its delay and its own."""
@@ -342,7 +344,7 @@ class Parallel(_Container):
             own = memory.get(name, {})
             delayed = delay.follow(x, own.get("delay", {}), rows, due, clock, begins)
             outputs.append(follow(layer, delayed, own.get("branch", {}), rows, due, clock, begins + delay.delay))
-        return self._reduced(outputs, channels=1)
+        return reduced(self.reduce, outputs, channels=1)
 
     def advance(
         self, x: Tensor, state: Tree, rows: Tensor | None = None, due: Tensor | None = None
@@ -357,7 +359,7 @@ class Parallel(_Container):
             # The branches emit at the same steps.
             y, emits = layer.advance(delayed, own.get("branch", {}), rows, delayed_due)
             outputs.append(y)
-        return self._reduced(outputs, channels=2 if self.upsampling > 1 else 1), emits
+        return reduced(self.reduce, outputs, channels=2 if self.upsampling > 1 else 1), emits
 
 
 class Residual(Parallel):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepstream.models.base import Tree
 from stepstream.models.continual.base import Layer, NotSteppable
-from stepstream.models.continual.containers import Reduce
+from stepstream.models.continual.containers import Reduce, reduced
 from stepstream.models.continual.delay import Delay
 
 __all__ = ["Graph", "Node"]
@@ -133,7 +133,7 @@ class Graph(Layer):
                 # Those that come earlier have more outputs, of which the delay holds back the last.
                 parts = [values[source] for source in inputs]
                 length = min(part.shape[1] for part in parts)
-                values[name] = _merged(merge, [part[:, :length] for part in parts], channels=2)
+                values[name] = reduced(merge, [part[:, :length] for part in parts], channels=2)
         return values[self.nodes[-1][0]]
 
     def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
@@ -163,24 +163,10 @@ class Graph(Layer):
                 parts.append(value)
                 # After their delays all of them emit at the same steps.
                 latest = emits
-            values[name] = _merged(merge, parts, channels=1), latest
+            values[name] = reduced(merge, parts, channels=1), latest
         return values[self.nodes[-1][0]]
 
 
 def _key(name: str) -> str:
     """A name that a module and a state may have."""
     return name.replace(".", "_")
-
-
-def _merged(merge: Reduce, parts: list[Tensor], channels: int) -> Tensor:
-    if merge == "concat":
-        return torch.cat(parts, dim=channels)
-    result = parts[0]
-    for part in parts[1:]:
-        if merge == "sum":
-            result = result + part
-        elif merge == "mul":
-            result = result * part
-        else:
-            result = torch.maximum(result, part)
-    return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import check_ragged_clocks, check_step_equals_window, close, stepped
+from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
 from torch import Tensor, nn
 
 from stepstream.models.base import close_rows, copy_rows
@@ -83,8 +83,8 @@ def check_coming_and_going(layer: Layer, x: Tensor, tolerance: float | None = No
                     outputs.append(y[i] if layer.upsampling > 1 else y[i : i + 1])
         assert same_bits(resting, copy_rows(state, torch.tensor([0])))
     found, begun_outputs = torch.cat(moved), torch.cat(begun)
-    close(found, alone[alone.shape[0] - found.shape[0] :], tolerance)
-    close(begun_outputs, late[: begun_outputs.shape[0]], tolerance)
+    assert_close(found, alone[alone.shape[0] - found.shape[0] :], tolerance)
+    assert_close(begun_outputs, late[: begun_outputs.shape[0]], tolerance)
 
 
 def measured_field(layer: Layer, x: Tensor) -> int:
@@ -169,4 +169,4 @@ def check_threads(layer: Layer, x: Tensor) -> None:
     with torch.no_grad():
         for i, found in enumerate(outputs):
             assert found is not None
-            close(found, layer(x[i : i + 1]))
+            assert_close(found, layer(x[i : i + 1]))

@@ -27,7 +27,7 @@ def stepped(layer: Layer, x: Tensor, state: Any = None, rows: Tensor | None = No
     return torch.cat(outputs, dim=1) if outputs else torch.empty(x.shape[0], 0)
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float | None = None) -> None:
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float | None = None) -> None:
     """Equal within 1e-5 (float32) or 1e-10 (float64) of the scale of what is wanted."""
     found, wanted = found.detach(), wanted.detach()
     assert found.shape == wanted.shape, f"{tuple(found.shape)} is not {tuple(wanted.shape)}"
@@ -43,7 +43,7 @@ def check_step_equals_window(layer: Layer, x: Tensor, tolerance: float | None = 
     with torch.no_grad():
         wanted = layer(x)
     assert wanted.shape[1] == outputs_after(layer, x.shape[1]) > 0
-    close(stepped(layer, x), wanted, tolerance)
+    assert_close(stepped(layer, x), wanted, tolerance)
 
 
 def check_ragged_clocks(layer: StreamModel, x: Tensor, seed: int = 0, tolerance: float | None = None) -> None:
@@ -69,4 +69,4 @@ def check_ragged_clocks(layer: StreamModel, x: Tensor, seed: int = 0, tolerance:
                     emitted[i].append(output)
     for found, wanted in zip(emitted, alone, strict=True):
         together = torch.cat(found) if getattr(layer, "upsampling", 1) > 1 else torch.stack(found)
-        close(together, wanted, tolerance)
+        assert_close(together, wanted, tolerance)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from equality import TOLERANCE, close, stepped
+from equality import TOLERANCE, assert_close, stepped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -74,14 +74,14 @@ def check_rows(layer: Layer, x: Tensor) -> None:
             y, emits = layer.advance(x[:, 4], masked, rows, due)
             wanted, all_emit = layer.advance(x[:, 4], plain, rows)
             assert all_emit is None and emits is not None and torch.equal(emits, due)
-            close(y[due], wanted[due])
+            assert_close(y[due], wanted[due])
             order = torch.arange(4) if rows is None else rows
             assert equal(copy_rows(masked, order[due]), copy_rows(plain, order[due]))
             assert equal(copy_rows(masked, order[~due]), copy_rows(before, order[~due]))
             assert layer.step(x[:, 4], masked, rows).isfinite().all()
     close_rows(state, fresh, torch.tensor([1]))
     assert equal(copy_rows(state, torch.tensor([1])), fresh)
-    close(stepped(layer, x[1:2, :3], state, torch.tensor([1])), first[1:2])
+    assert_close(stepped(layer, x[1:2, :3], state, torch.tensor([1])), first[1:2])
 
 
 def check_other_process(cases: list[tuple[str, Layer, Tensor]], folder: Path) -> None:
@@ -134,9 +134,9 @@ def check_compiles(layer: Layer, x: Tensor, backend: str = "aot_eager") -> None:
                 state, wanted_state = layer.initial_state(streams), layer.initial_state(streams)
                 for t in range(4):
                     y = run(x[:, t], state, *arguments)
-                    close(y[emit], stepper(x[:, t], wanted_state, *arguments)[emit])
+                    assert_close(y[emit], stepper(x[:, t], wanted_state, *arguments)[emit])
                 for name, leaf in state.items():
-                    close(leaf.double(), wanted_state[name].double(), 1e-5)
+                    assert_close(leaf.double(), wanted_state[name].double(), 1e-5)
                     assert leaf.any()
 
 
@@ -173,7 +173,7 @@ def drift(layer: Layer, x: Tensor) -> None:
     """Float32 steps over a long stream against the float32 window, and against the float64 window, both at the end."""
     with torch.no_grad():
         found = stepped(layer, x)
-        close(found, layer(x))
+        assert_close(found, layer(x))
         exact = layer.double()(x.double())
     layer.float()
     scale = max(1.0, float(exact.abs().max()))

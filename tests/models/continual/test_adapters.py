@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import check_step_equals_window, close
+from equality import assert_close, check_step_equals_window
 from test_attention import spread
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -54,7 +54,7 @@ def test_fusing_gives_a_plain_layer_of_the_same_function(kind: str) -> None:
     x, delta = torch.randn(4, 6), adapter.delta()
     base = layer.parametrizations.weight.original.clone()
     before = layer(x)
-    close(before, x @ (base + delta).T + layer.bias, 1e-6)
+    assert_close(before, x @ (base + delta).T + layer.bias, 1e-6)
     assert float((before - (x @ base.T + layer.bias)).detach().abs().max()) > 0.1
     assert fuse(layer) is layer
     assert type(layer) is nn.Linear
@@ -72,7 +72,7 @@ def test_beside_a_convolution_it_is_a_convolution_of_kernel_one(kind: str, dims:
     alone = layer(x)
     layer, adapter = a_layer(kind, layer)
     beside = torch.einsum("oi,bi...->bo...", adapter.delta(), x)
-    close(layer(x), alone + beside)
+    assert_close(layer(x), alone + beside)
     before = layer(x)
     assert torch.equal(fuse(copy.deepcopy(layer))(x), before)
     columns = torch.tensor([1, 0, 1, 0]).bool()
@@ -137,8 +137,8 @@ def test_a_pruned_channel_takes_its_row_and_column_along(kind: str) -> None:
         assert grad.movedim(axis, 0)[mask].any(), name
     small = shrunk(layer)
     assert tuple(small.weight.shape) == (3, 4)
-    close(small(x[:, columns]), y[:, rows])
-    close(fuse(layer)(x), y)
+    assert_close(small(x[:, columns]), y[:, rows])
+    assert_close(fuse(layer)(x), y)
     assert type(layer) is nn.Linear
 
 

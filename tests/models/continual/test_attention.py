@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import check_ragged_clocks, check_step_equals_window, close, stepped
+from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -77,8 +77,8 @@ def test_it_is_torchs_attention_under_a_banded_mask(bias: bool) -> None:
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 60, 32).double()
     wanted, _ = theirs(x, x, x, attn_mask=~banded(60, 7), need_weights=False)
-    close(ours(x), wanted)
-    close(stepped(ours, x), wanted)
+    assert_close(ours(x), wanted)
+    assert_close(stepped(ours, x), wanted)
 
 
 def test_the_newest_output_is_that_of_the_unmasked_window() -> None:
@@ -90,7 +90,7 @@ def test_the_newest_output_is_that_of_the_unmasked_window() -> None:
     found = stepped(ours, x)
     for t in range(6, 50):
         window = x[:, t - 6 : t + 1]
-        close(found[:, t], theirs(window[:, -1:], window, window, need_weights=False)[0][:, 0])
+        assert_close(found[:, t], theirs(window[:, -1:], window, window, need_weights=False)[0][:, 0])
 
 
 def test_grouped_heads_are_full_heads_with_shared_keys() -> None:
@@ -103,7 +103,7 @@ def test_grouped_heads_are_full_heads_with_shared_keys() -> None:
         full.in_proj_weight.copy_(torch.cat([query, *repeated]))
     full.out_proj.load_state_dict(grouped.out_proj.state_dict())
     x = torch.randn(2, 40, 32).double()
-    close(stepped(grouped, x), full(x))
+    assert_close(stepped(grouped, x), full(x))
     assert state_bytes_per_stream(grouped.initial_state(1)) < 0.6 * state_bytes_per_stream(full.initial_state(1))
 
 
@@ -120,7 +120,7 @@ def test_logits_of_any_size_are_safe(logit: float) -> None:
         exact = ContinualAttention(16, 2, 5).double().eval()
         exact.load_state_dict({name: part.double() for name, part in layer.state_dict().items()})
         # Rounding a float32 logit changes its weight by the logit times 2^-24.
-        close(stepped(layer, x).double(), exact(x.double()), 1e-5 * max(1.0, logit / 30))
+        assert_close(stepped(layer, x).double(), exact(x.double()), 1e-5 * max(1.0, logit / 30))
 
 
 def test_absent_steps_are_attended_to_by_nobody() -> None:
@@ -131,7 +131,7 @@ def test_absent_steps_are_attended_to_by_nobody() -> None:
     wanted = layer(x, present)
     state = layer.initial_state(2)
     found = [layer.step(x[:, t], state, None, present[:, t]).detach() for t in range(80)]
-    close(torch.stack(found, dim=1), wanted.detach())
+    assert_close(torch.stack(found, dim=1), wanted.detach())
     other = torch.where(present[..., None], x, 1e6 * torch.randn_like(x))
     changed = layer(other, present)
     assert torch.equal(changed[present], wanted[present])
@@ -174,7 +174,7 @@ def test_a_cache_of_fewer_bits_is_wrong_by_no_more_than_it_says(precision: Any, 
         limit = held.abs() if precision == "bfloat16" else held.abs().amax(dim=-1, keepdim=True)
         assert bool(((read - held).abs() <= limit * bound * 1.001).all())
         assert 0 < float((found - right).abs().max()) < 4 * bound * float(right.abs().max())
-    close(small(x), exact(x))
+    assert_close(small(x), exact(x))
     assert state_bytes_per_stream(state) < 0.6 * state_bytes_per_stream(wanted)
     check_ragged_clocks(exact, x[:, :50])
 
@@ -194,7 +194,7 @@ def test_a_closed_slot_is_a_fresh_stream() -> None:
     state = layer.initial_state(2)
     stepped(layer, torch.randn(2, 13, 16).double(), state)
     close_rows(state, layer.initial_state(1), torch.tensor([1]))
-    close(stepped(layer, x[1:], state, torch.tensor([1])), layer(x[1:]).detach())
+    assert_close(stepped(layer, x[1:], state, torch.tensor([1])), layer(x[1:]).detach())
 
 
 def test_rotary_scores_depend_on_the_distance_only_however_late() -> None:
@@ -235,4 +235,4 @@ def test_attend_takes_a_mask_with_a_bias() -> None:
     seen, bias = torch.rand(2, 1, 3, 5) < 0.7, torch.randn(1, 2, 3, 5)
     seen[..., 0] = True
     scores = (q @ k.transpose(-1, -2) / math.sqrt(8) + bias).masked_fill(~seen, -torch.inf)
-    close(attend(q, k, v, seen, bias), torch.softmax(scores, -1) @ v)
+    assert_close(attend(q, k, v, seen, bias), torch.softmax(scores, -1) @ v)

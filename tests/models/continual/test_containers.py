@@ -19,7 +19,7 @@ from conv_checks import (
     randomised,
     same_bits,
 )
-from equality import check_step_equals_window, close, stepped
+from equality import assert_close, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -146,12 +146,12 @@ def test_a_residual_is_aligned() -> None:
     x = random_window(2, 40, 3)
     with torch.no_grad():
         wanted = (reference(x.transpose(1, 2)) + x.transpose(1, 2)).transpose(1, 2)
-        close(stepped(Residual(inner), x), wanted[:, :38])
+        assert_close(stepped(Residual(inner), x), wanted[:, :38])
         # Without padding: against the middle of what was seen, the newest, the oldest.
         valid = Conv1d(3, 3, 5)
         valid.load_state_dict(inner.state_dict())
         for crop in (2, 4, 0):
-            close(stepped(Residual(valid, crop=crop), x), valid(x) + x[:, crop : 36 + crop])
+            assert_close(stepped(Residual(valid, crop=crop), x), valid(x) + x[:, crop : 36 + crop])
     with pytest.raises(NotSteppable, match="shortcut's delay is 5"):
         Residual(valid, crop=5)
 
@@ -161,7 +161,7 @@ def test_a_strided_residual_is_aligned() -> None:
     inner, shortcut = layer
     x = random_window(2, 70, 3)
     with torch.no_grad():
-        close(layer(x), inner(x) + shortcut(x)[:, :33])
+        assert_close(layer(x), inner(x) + shortcut(x)[:, :33])
     check_all(layer, x)
 
 
@@ -179,7 +179,7 @@ def test_branches_are_delayed_to_the_longest(reduce: Any) -> None:
         "mul": a * b * c,
         "max": torch.maximum(torch.maximum(a, b), c),
     }
-    close(stepped(layer, x), wanted[reduce])
+    assert_close(stepped(layer, x), wanted[reduce])
     check_all(layer, x)
 
 
@@ -308,5 +308,5 @@ def test_equals_continual_inference() -> None:
     x = random_window(2, 40, 3)
     with torch.no_grad():
         steps = [reference.forward_step(x[:, t]) for t in range(40)]
-    close(stepped(layer, x), torch.stack([step for step in steps if isinstance(step, torch.Tensor)], dim=1))
+    assert_close(stepped(layer, x), torch.stack([step for step in steps if isinstance(step, torch.Tensor)], dim=1))
     check_step_equals_window(layer, x)

@@ -21,7 +21,7 @@ from conv_checks import (
     randomised,
     same_bits,
 )
-from equality import check_step_equals_window, close, stepped
+from equality import assert_close, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def test_step_equals_window_equals_torch(sizes: dict[str, Any], dtype: torch.dty
     x = random_window(batch, time, *features, dtype=dtype)
     with torch.no_grad():
         whole = reference(x.transpose(1, 2)).transpose(1, 2)
-        close(layer(x), whole[:, : outputs_after(layer, time)])
+        assert_close(layer(x), whole[:, : outputs_after(layer, time)])
     assert tuple(whole.shape[2:]) == layer.bind(features)
     check_all(layer, x)
 
@@ -109,7 +109,7 @@ def test_same_padding_is_torchs() -> None:
     # torch pads an uneven number of steps by one more after than before.
     with torch.no_grad():
         wanted = reference(x.transpose(1, 2)).transpose(1, 2)
-        close(layer(x), wanted[:, : outputs_after(layer, 30)])
+        assert_close(layer(x), wanted[:, : outputs_after(layer, 30)])
 
 
 @pytest.mark.parametrize(
@@ -253,4 +253,4 @@ def test_equals_continual_inference(stride: int, padding: int) -> None:
     with torch.no_grad():
         steps = [reference.forward_step(x[:, t]) for t in range(40)]
     emitted = [step for step in steps if isinstance(step, torch.Tensor)]
-    close(stepped(layer, x), torch.stack(emitted, dim=1))
+    assert_close(stepped(layer, x), torch.stack(emitted, dim=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import check_ragged_clocks, check_step_equals_window, close
+from equality import assert_close, check_ragged_clocks, check_step_equals_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_checks import awake, check_compiles, check_no_graph, check_rows
@@ -62,8 +62,8 @@ def test_equals_a_loop_over_the_equations() -> None:
     x = images(2, 60, 2, 6, 4, dtype=torch.float64)
     wanted = plain(layer, x)
     assert float(wanted.std()) > 0.1
-    close(layer(x).detach(), wanted)
-    close(layer.float()(x.float()).detach(), wanted.float())
+    assert_close(layer(x).detach(), wanted)
+    assert_close(layer.float()(x.float()).detach(), wanted.float())
 
 
 def test_long_streams_in_float32() -> None:
@@ -80,7 +80,7 @@ def test_is_s5_at_every_pixel_if_its_kernels_are_points() -> None:
         flat.output_weight.copy_(layer.output_weight[..., 0, 0])
         x = images(1, 40, 3, 2, 3, dtype=torch.float64)
         pixels = flat(x[0].flatten(2).permute(2, 0, 1)).permute(1, 2, 0).unflatten(2, (2, 3))
-        close(layer(x)[0], pixels)
+        assert_close(layer(x)[0], pixels)
 
 
 def test_rows_gradients_and_memory() -> None:

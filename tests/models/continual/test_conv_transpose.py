@@ -16,7 +16,7 @@ from conv_checks import (
     random_window,
     randomised,
 )
-from equality import close
+from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -76,7 +76,7 @@ def test_step_equals_window_equals_torch(sizes: dict[str, Any], dtype: torch.dty
     assert window.shape[1] == outputs_after(layer, time) == (time - layer.delay) * sizes["stride"][0]
     # What torch leaves out at the end, where no term of a short kernel falls, is the bias alone.
     both = min(window.shape[1], whole.shape[1])
-    close(window[:, :both], whole[:, :both])
+    assert_close(window[:, :both], whole[:, :both])
     assert window.shape[1] - both < sizes["stride"][0]
     check_all(layer, x)
 

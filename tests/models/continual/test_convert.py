@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import check_ragged_clocks, check_step_equals_window, close, stepped
+from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def check(module: nn.Module, x: Tensor, channels: bool = True, **options: Any) -
         found = ours(window)
     emitted = outputs_after(ours, window.shape[1])
     assert 0 < found.shape[1] == emitted <= wanted.shape[1]
-    close(found, wanted[:, :emitted])
+    assert_close(found, wanted[:, :emitted])
     check_step_equals_window(ours, window)
     if ours.upsampling == 1:
         check_ragged_clocks(ours, window)
@@ -188,7 +188,7 @@ def test_one_and_two_encoder_layers_are_exact(layers: int, norm_first: bool) -> 
     found = stepped(ours, x)
     with torch.no_grad():
         for t in range(50):
-            close(found[:, t], module(x[:, max(0, t - 5) : t + 1])[:, -1])
+            assert_close(found[:, t], module(x[:, max(0, t - 5) : t + 1])[:, -1])
     check_step_equals_window(ours, x)
 
 
@@ -201,7 +201,7 @@ def test_a_deep_encoder_is_refused_unless_banded(norm_first: bool) -> None:
     x = torch.randn(2, 60, 16).double()
     age = torch.arange(60)[:, None] - torch.arange(60)
     with torch.no_grad():
-        close(stepped(ours, x), module(x, mask=(age < 0) | (age >= 6)))
+        assert_close(stepped(ours, x), module(x, mask=(age < 0) | (age >= 6)))
     assert ours.receptive_field == 16
 
 
@@ -210,7 +210,7 @@ def test_a_single_encoder_layer_module() -> None:
     ours = continual(module, memory=5)
     x = torch.randn(1, 30, 16).double()
     with torch.no_grad():
-        close(stepped(ours, x)[:, 29], module(x[:, 25:])[:, -1])
+        assert_close(stepped(ours, x)[:, 29], module(x[:, 25:])[:, -1])
 
 
 def test_convolutions_and_an_encoder_with_axes_swapped_between_them() -> None:
@@ -222,7 +222,7 @@ def test_convolutions_and_an_encoder_with_axes_swapped_between_them() -> None:
     with torch.no_grad():
         hidden = module.conv(x).transpose(1, 2)
         for t in range(39):
-            close(found[:, t], module.head(module.encoder(hidden[:, max(0, t - 6) : t + 1]))[:, -1])
+            assert_close(found[:, t], module.head(module.encoder(hidden[:, max(0, t - 6) : t + 1]))[:, -1])
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
@@ -297,4 +297,4 @@ def test_logits_of_a_hundred_survive_conversion() -> None:
     ours = continual(module, memory=6)
     x = torch.randn(1, 60, 16).double()
     with torch.no_grad():
-        close(stepped(ours, x)[:, -1], module(x[:, -6:])[:, -1])
+        assert_close(stepped(ours, x)[:, -1], module(x[:, -6:])[:, -1])

@@ -17,7 +17,7 @@ from conv_checks import (
     random_window,
     randomised,
 )
-from equality import close
+from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -69,7 +69,7 @@ def test_the_block_is_st_gcns(shortcut: str, stride: int, padding: int) -> None:
     x = random_window(2, 60, 6, JOINTS)
     with torch.no_grad():
         wanted = block_in_torch(block, x.transpose(1, 2), stride, padding, shortcut).transpose(1, 2)
-        close(block(x), wanted[:, : block(x).shape[1]])
+        assert_close(block(x), wanted[:, : block(x).shape[1]])
     assert block.delay == 8 - padding
     block.bind((6, JOINTS))
     check_all(block, x)
@@ -131,8 +131,8 @@ def test_persons_do_not_mix_before_the_pool() -> None:
     layer = randomised(GraphConvolution(3, 4, ADJACENCY))
     x = random_window(2, 6, 3, 2 * JOINTS)
     with torch.no_grad():
-        close(layer(x)[..., :JOINTS], layer(x[..., :JOINTS]))
-        close(layer(x)[..., JOINTS:], layer(x[..., JOINTS:]))
+        assert_close(layer(x)[..., :JOINTS], layer(x[..., :JOINTS]))
+        assert_close(layer(x)[..., JOINTS:], layer(x[..., JOINTS:]))
     with pytest.raises(ValueError, match="multiple of 5 nodes"):
         layer.bind((3, 7))
     with pytest.raises(ValueError, match=r"\[partitions, nodes, nodes\]"):

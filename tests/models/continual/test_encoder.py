@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import check_ragged_clocks, check_step_equals_window, close, stepped
+from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import banded, spread
@@ -63,8 +63,8 @@ def test_it_is_torchs_encoder_under_a_banded_mask(norm_first: bool, activation: 
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 70, 32).double()
     wanted = theirs(x, mask=~banded(70, 6)).detach()
-    close(ours(x).detach(), wanted)
-    close(stepped(ours, x), wanted)
+    assert_close(ours(x).detach(), wanted)
+    assert_close(stepped(ours, x), wanted)
 
 
 def test_absent_steps_at_every_depth() -> None:
@@ -73,7 +73,7 @@ def test_absent_steps_at_every_depth() -> None:
     x, present = torch.randn(2, 60, 16).double(), torch.rand(2, 60) < 0.5
     state, wanted = encoder.initial_state(2), encoder(x, present).detach()
     found = [encoder.step(x[:, t], state, None, present[:, t]).detach() for t in range(60)]
-    close(torch.stack(found, dim=1), wanted)
+    assert_close(torch.stack(found, dim=1), wanted)
     other = torch.where(present[..., None], x, torch.randn_like(x))
     assert torch.equal(encoder(other, present)[present], wanted[present])
 
@@ -112,7 +112,7 @@ def test_two_blocks_are_torchs_encoder_over_the_last_inputs(norm_first: bool, sc
     found = stepped(ours, x)
     with torch.no_grad():
         for t in range(90):
-            close(found[:, t], theirs(x[:, max(0, t - 7) : t + 1])[:, -1])
+            assert_close(found[:, t], theirs(x[:, max(0, t - 7) : t + 1])[:, -1])
         q, k, _ = (part[:, 0] for part in ours.layers[0].self_attn.project(x[:, :, None], torch.arange(1)))
         if scale == 10.0:
             assert float((q @ k.transpose(-1, -2)).abs().max()) / math.sqrt(8) > 60

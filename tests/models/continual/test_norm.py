@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conv_checks import check_all, check_compiled, check_exported, check_no_graph, random_window, randomised
-from equality import close
+from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,7 +34,7 @@ def test_frozen_batch_norm_equals_torch(space: int, channels: int, affine: bool,
     reference.load_state_dict(layer.state_dict())
     x = random_window(2, 12, channels, *[3, 2][:space], dtype=dtype)
     with torch.no_grad():
-        close(layer(x), reference(x.transpose(1, 2)).transpose(1, 2))
+        assert_close(layer(x), reference(x.transpose(1, 2)).transpose(1, 2))
     check_all(layer, x)
     assert layer.initial_state(3) == {}
 
@@ -43,7 +43,7 @@ def test_batch_norm_learns_from_windows_as_torchs_and_refuses_steps_meanwhile() 
     layer, reference = BatchNorm2d(3, momentum=0.2), nn.BatchNorm2d(3, momentum=0.2)
     for seed in range(3):
         x = 2 + 3 * random_window(4, 9, 3, 5, seed=seed)
-        close(layer(x), reference(x.transpose(1, 2)).transpose(1, 2))
+        assert_close(layer(x), reference(x.transpose(1, 2)).transpose(1, 2))
     for name, value in reference.state_dict().items():
         torch.testing.assert_close(layer.state_dict()[name], value)
     with pytest.raises(NotSteppable, match="training mode"):
@@ -66,7 +66,7 @@ def test_layer_norm_equals_torch() -> None:
         reference.load_state_dict(layer.state_dict())
         x = random_window(2, 9, 3, 4, 5)
         with torch.no_grad():
-            close(layer(x), reference(x))
+            assert_close(layer(x), reference(x))
         check_all(layer, x)
 
 
@@ -78,7 +78,7 @@ def test_group_norm_is_torchs_on_each_step() -> None:
         x = random_window(2, 9, 4, *space)
         with torch.no_grad():
             for t in range(9):
-                close(layer(x)[:, t], reference(x[:, t]))
+                assert_close(layer(x)[:, t], reference(x[:, t]))
             # Over a window, torch's is another function.
             assert (reference(x.transpose(1, 2)).transpose(1, 2) - layer(x)).abs().max() > 0.1
         check_all(layer, x)
@@ -93,7 +93,7 @@ def test_instance_norm_is_torchs_on_each_step() -> None:
     x = random_window(2, 9, 3, 4, 2)
     with torch.no_grad():
         for t in range(9):
-            close(layer(x)[:, t], reference(x[:, t]))
+            assert_close(layer(x)[:, t], reference(x[:, t]))
     check_all(layer, x)
     with pytest.raises(NotSteppable, match="nothing to normalise over"):
         layer.step(torch.randn(2, 3), {})
@@ -108,7 +108,7 @@ def test_instance_norm_over_time_with_frozen_statistics(space: tuple[int, ...]) 
     reference.load_state_dict(layer.state_dict())
     x = random_window(2, 9, 3, *space)
     with torch.no_grad():
-        close(layer(x), reference(x.transpose(1, 2)).transpose(1, 2))
+        assert_close(layer(x), reference(x.transpose(1, 2)).transpose(1, 2))
     check_all(layer, x)
     with pytest.raises(NotSteppable, match="training mode"):
         layer.train().step(x[:, 0], {})

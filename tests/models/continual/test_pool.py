@@ -16,7 +16,7 @@ from conv_checks import (
     measured_field,
     random_window,
 )
-from equality import check_step_equals_window, close, stepped
+from equality import assert_close, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +47,7 @@ def test_average_equals_torch(
     if padding != "causal":
         flat = x.flatten(2).transpose(1, 2)
         whole = F.avg_pool1d(flat, kernel, stride, padding, count_include_pad=counted).transpose(1, 2)
-        close(layer(x), whole[:, : outputs_after(layer, x.shape[1])].reshape(layer(x).shape))
+        assert_close(layer(x), whole[:, : outputs_after(layer, x.shape[1])].reshape(layer(x).shape))
     check_all(layer, x)
 
 
@@ -64,7 +64,7 @@ def test_maximum_equals_torch(
     if padding != "causal":
         flat = x.flatten(2).transpose(1, 2)
         whole = F.max_pool1d(flat, kernel, stride, padding, dilation).transpose(1, 2)
-        close(layer(x), whole[:, : outputs_after(layer, x.shape[1])].reshape(layer(x).shape), 1e-12)
+        assert_close(layer(x), whole[:, : outputs_after(layer, x.shape[1])].reshape(layer(x).shape), 1e-12)
     check_all(layer, x)
 
 
@@ -76,8 +76,8 @@ def test_a_dilated_causal_average_counts_what_has_come(counted: bool) -> None:
     sums = [1, 2, 1 + 3, 2 + 4, 1 + 3 + 5, 2 + 4 + 6, 3 + 5 + 7, 4 + 6 + 8]
     counts = [3] * 8 if counted else [1, 1, 2, 2, 3, 3, 3, 3]
     wanted = torch.tensor([s / n for s, n in zip(sums, counts, strict=True)]).reshape(1, 8, 1)
-    close(layer(x), wanted)
-    close(stepped(layer, x), wanted)
+    assert_close(layer(x), wanted)
+    assert_close(stepped(layer, x), wanted)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -95,7 +95,7 @@ def test_global_pools(causal: bool, space: bool) -> None:
         for t in (first, first + 3, 50):
             seen = x[:, max(0, t - 6) : t + 1]
             wanted = getattr(seen, whole)((1, 3, 4), keepdim=True)[:, 0] if space else getattr(seen, whole)(1)
-            close(layer(x)[:, t - first], wanted)
+            assert_close(layer(x)[:, t - first], wanted)
 
 
 @pytest.mark.parametrize(("layer", "field"), [(AvgPool(4, 2, 1), 4), (MaxPool(3, 1, 0, 3), 7), (GlobalAvgPool(5), 5)])
@@ -114,7 +114,7 @@ def test_nothing_drifts_and_what_is_not_finite_leaves() -> None:
     x[:, :2_000] *= 1e6
     x[:, 1_500] = torch.inf
     outputs = stepped(layer, x)
-    close(outputs[:, 2_000:], layer(x[:, 2_000:]), 1e-6)
+    assert_close(outputs[:, 2_000:], layer(x[:, 2_000:]), 1e-6)
     assert outputs.isfinite().all(-1)[0].sum() == outputs.shape[1] - 5
 
 
@@ -145,7 +145,7 @@ def test_gradients() -> None:
     for _ in range(4):
         y, _ = layer.advance(now, state)
     (gradient,) = torch.autograd.grad(y.sum(), now)
-    close(gradient, torch.full_like(gradient, 1 / 3))
+    assert_close(gradient, torch.full_like(gradient, 1 / 3))
 
 
 def test_two_threads_step_different_rows() -> None:
@@ -169,5 +169,5 @@ def test_equals_continual_inference() -> None:
     layer.bind((3, 4, 4))
     reference, x = co.AdaptiveAvgPool3d((1, 1, 1), kernel_size=5), random_window(2, 30, 3, 4, 4)
     steps = [reference.forward_step(x[:, t]) for t in range(30)]
-    close(stepped(layer, x), torch.stack([step for step in steps if isinstance(step, torch.Tensor)], dim=1))
+    assert_close(stepped(layer, x), torch.stack([step for step in steps if isinstance(step, torch.Tensor)], dim=1))
     check_step_equals_window(layer, x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import check_ragged_clocks, check_step_equals_window, close
+from equality import assert_close, check_ragged_clocks, check_step_equals_window
 from test_attention import spread
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ def step_equals_window(model: Any) -> None:
     expected, rows = model(window), torch.tensor([2, 0])
     assert float(expected.std()) > 1
     for t in range(time):
-        close(model.step({key: part[:, t] for key, part in window.items()}, state, rows), expected[:, t])
+        assert_close(model.step({key: part[:, t] for key, part in window.items()}, state, rows), expected[:, t])
 
 
 @every_model
@@ -126,7 +126,7 @@ def test_exactly_the_channels_that_are_zero_go_and_nothing_changes(name: str) ->
     x = some_input(model)
     small = prune_to(model, magnitude(model), prunable_weights(model) - cost)
     assert prunable_weights(small) == prunable_weights(model) - cost
-    close(small(x), model(x))
+    assert_close(small(x), model(x))
     for part, left in zip(channels(model), channels(small), strict=True):
         assert left.count == part.count - chosen[part.name].shape[1]
     # One more, of which nothing is zero, does change it.
@@ -214,7 +214,7 @@ def test_a_pruned_sttn_goes_through_its_card(tmp_path: Path) -> None:
     # And may be pruned, adapted, fused and saved once more.
     smaller = prune(again, 0.3, magnitude)
     plain = smaller(x)
-    close(fuse(adapt(smaller)).requires_grad_(False)(x), plain)
+    assert_close(fuse(adapt(smaller)).requires_grad_(False)(x), plain)
     save_weights(smaller, tmp_path, Card(model="sttn", task="traffic", config=asdict(smaller.config)))
     assert torch.equal(load_model("sttn", tmp_path).model(x), plain)
 
@@ -226,7 +226,7 @@ def test_the_step_of_a_pruned_model_compiles_without_a_graph_break() -> None:
     plain, state = small.initial_state(2), small.initial_state(2)
     for t in range(3):
         x = {key: part[:, t] for key, part in window.items()}
-        close(compiled(x, state, rows), small.step(x, plain, rows))
+        assert_close(compiled(x, state, rows), small.step(x, plain, rows))
 
 
 def test_a_pruned_encoder_goes_through_its_card(tmp_path: Path) -> None:

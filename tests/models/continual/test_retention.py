@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import check_ragged_clocks, check_step_equals_window, close, stepped
+from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_checks import awake, check_compiles, check_no_graph, check_rows, drift
@@ -58,7 +58,7 @@ def test_step_equals_window_on_any_clocks(heads: int, pairs: int, width: int, ch
     check_step_equals_window(layer, x)
     check_ragged_clocks(layer, x, seed)
     with torch.no_grad():
-        close(layer(x), layer.parallel(x))
+        assert_close(layer(x), layer.parallel(x))
 
 
 def test_equals_the_papers_parallel_equations() -> None:
@@ -68,7 +68,7 @@ def test_equals_the_papers_parallel_equations() -> None:
         wanted = torch.stack([plain(layer, stream) for stream in x])
         assert float(wanted.std()) > 0.1
         for found in (layer(x), layer.parallel(x), stepped(layer, x)):
-            close(found, wanted)
+            assert_close(found, wanted)
 
 
 def test_both_sides_of_every_normaliser_are_met() -> None:
@@ -92,7 +92,7 @@ def test_a_fresh_layer_depends_on_the_exact_normalisers() -> None:
     x = 0.05 * inputs(1, 60, 8, torch.float64)
     with torch.no_grad():
         wanted = plain(layer, x[0])
-        close(stepped(layer, x)[0] / wanted.abs().max(), wanted / wanted.abs().max())
+        assert_close(stepped(layer, x)[0] / wanted.abs().max(), wanted / wanted.abs().max())
         layer.eps = 0.0
         assert not torch.allclose(layer(x)[0], wanted, rtol=0.01)
 
@@ -113,7 +113,7 @@ def test_rotation_is_exact_far_out() -> None:
     with torch.no_grad():
         for clock, state in ((10_000, early), (50_000_000, late)):
             state["clock"] += clock  # by then the sum of decays has converged
-        close(stepped(layer, x, late), stepped(layer, x, early))
+        assert_close(stepped(layer, x, late), stepped(layer, x, early))
 
 
 def test_rows_gradients_and_memory() -> None:
@@ -127,7 +127,7 @@ def test_rows_gradients_and_memory() -> None:
     found = torch.autograd.grad(layer(x).square().sum(), tuple(layer.parameters()))
     wanted = torch.autograd.grad(layer.parallel(x).square().sum(), tuple(layer.parameters()))
     for f, w in zip(found, wanted, strict=True):
-        close(f, w)
+        assert_close(f, w)
 
 
 def test_compiles_and_exports() -> None:

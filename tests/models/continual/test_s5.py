@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from equality import check_ragged_clocks, check_step_equals_window, close
+from equality import assert_close, check_ragged_clocks, check_step_equals_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrent_checks import awake, check_compiles, check_no_graph, check_rows, drift
@@ -89,8 +89,8 @@ def test_equals_a_loop_over_the_equations(timed: bool) -> None:
     with torch.no_grad():
         wanted = plain(layer, x)
         assert float(wanted.std()) > 0.5
-        close(layer(x), wanted)
-        close(layer.float()(x.float()), wanted.float())
+        assert_close(layer(x), wanted)
+        assert_close(layer.float()(x.float()), wanted.float())
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -129,11 +129,13 @@ def test_eigenvalues_are_those_of_the_normal_part_of_hippo(states: int, blocks: 
             hippo[n, k] = -(((2 * n + 1) * (2 * k + 1)) ** 0.5) if n > k else -(n + 1) if n == k else 0
     p = torch.tensor([(n + 0.5) ** 0.5 for n in range(size)], dtype=torch.float64)
     normal = torch.block_diag(*[hippo + torch.outer(p, p)] * blocks).to(torch.complex128)
-    close((normal @ vectors - vectors * values).abs(), torch.zeros(2 * states, states, dtype=torch.float64), 1e-9)
-    close((vectors.mH @ vectors).real, torch.eye(states, dtype=torch.float64))
+    assert_close(
+        (normal @ vectors - vectors * values).abs(), torch.zeros(2 * states, states, dtype=torch.float64), 1e-9
+    )
+    assert_close((vectors.mH @ vectors).real, torch.eye(states, dtype=torch.float64))
     assert (values.imag > 0).all()
     found = torch.cat([values, values.conj()]).imag.sort().values
-    close(found, torch.linalg.eigvals(normal).imag.sort().values, 1e-8)
+    assert_close(found, torch.linalg.eigvals(normal).imag.sort().values, 1e-8)
 
 
 def test_zero_order_hold_is_exact_for_the_smallest_steps_and_in_real_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +163,7 @@ def test_a_step_of_no_time_changes_nothing_and_two_halves_make_one() -> None:
         return state["state"]
 
     assert torch.equal(after(1.5), after(1.5, 0.0))
-    close(after(3.0), after(1.5, 0.5, 1.0))
+    assert_close(after(3.0), after(1.5, 0.5, 1.0))
     assert not torch.allclose(after(3.0), after(1.5))
 
 
@@ -178,9 +180,9 @@ def test_block_is_the_published_one(gate: Literal["half", "inner", "full", "none
         return opening * {"half": lambda: g, "inner": lambda: s, "full": lambda: layer.value_weight(g)}[gate]()
 
     with torch.no_grad():
-        close(layer(x), x + gated(plain(layer.ssm, layer.norm(x))))
+        assert_close(layer(x), x + gated(plain(layer.ssm, layer.norm(x))))
         layer.prenorm = False
-        close(layer(x), layer.norm(x + gated(plain(layer.ssm, x))))
+        assert_close(layer(x), layer.norm(x + gated(plain(layer.ssm, x))))
         timed = awake(S5Block(3, 6, timed=True).double())
         assert torch.equal(timed(x)[..., -1], x[..., -1])
 

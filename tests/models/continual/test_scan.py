@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from equality import close
+from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,8 +48,8 @@ def test_equals_the_loop(
         scan._WIDE = limit
     wanted = loop(a, b)
     assert found.dtype == kind
-    close(found.abs(), wanted.abs(), 1e-5 if kind in (torch.float32, torch.complex64) else 1e-12)
-    close(
+    assert_close(found.abs(), wanted.abs(), 1e-5 if kind in (torch.float32, torch.complex64) else 1e-12)
+    assert_close(
         (found - wanted).abs(),
         torch.zeros_like(wanted.abs()),
         1e-4 if b.element_size() == 4 << b.is_complex() else 1e-10,
@@ -73,7 +73,7 @@ def test_gradients_equal_the_loops_over_a_long_window() -> None:
     found = torch.autograd.grad((linear_scan(a, b) * weight).sum(), (a, b))
     wanted = torch.autograd.grad((loop(a, b) * weight).sum(), (a, b))
     for f, w in zip(found, wanted, strict=True):
-        close(f, w)
+        assert_close(f, w)
 
 
 def test_zeros_underflow_and_slow_factors_are_as_safe_as_the_loop() -> None:
@@ -87,7 +87,7 @@ def test_zeros_underflow_and_slow_factors_are_as_safe_as_the_loop() -> None:
     reset = torch.ones(1, 5000, 4)
     reset[:, 4000] = 0
     sums = linear_scan(reset, b)
-    close(sums[:, 4000:], torch.cumsum(b[:, 4000:].double(), dim=1).float())
+    assert_close(sums[:, 4000:], torch.cumsum(b[:, 4000:].double(), dim=1).float())
 
 
 def test_refuses_what_does_not_fit() -> None:
@@ -100,4 +100,4 @@ def test_refuses_what_does_not_fit() -> None:
 
 def test_mixed_kinds_and_views() -> None:
     a, b = numbers(1, 1, 3).clamp(-0.9, 0.9), numbers(2, 3, 50, kind=torch.complex128).transpose(1, 2)
-    close((linear_scan(a, b) - loop(a, b)).abs(), torch.zeros(2, 50, 3, dtype=torch.float64), 1e-12)
+    assert_close((linear_scan(a, b) - loop(a, b)).abs(), torch.zeros(2, 50, 3, dtype=torch.float64), 1e-12)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from equality import close, stepped
+from equality import assert_close, stepped
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,7 +65,7 @@ def test_the_step_compiles_as_one_graph(name: str) -> None:
     compiled = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
     state, eager = layer.initial_state(5), layer.initial_state(5)
     for t in range(12):
-        close(compiled(x[:, t], state, rows), layer.step(x[:, t], eager, rows))
+        assert_close(compiled(x[:, t], state, rows), layer.step(x[:, t], eager, rows))
     for leaf, wanted in zip(leaves(state).values(), leaves(eager).values(), strict=True):
         assert torch.allclose(leaf.float(), wanted.float(), atol=1e-5)
 
@@ -76,7 +76,7 @@ def test_the_step_exports(name: str) -> None:
     exported = torch.export.export(Step(layer), (x[:, 0], layer.initial_state(5), rows)).module()
     state, eager = layer.initial_state(5), layer.initial_state(5)
     for t in range(12):
-        close(exported(x[:, t], state, rows), layer.step(x[:, t], eager, rows))
+        assert_close(exported(x[:, t], state, rows), layer.step(x[:, t], eager, rows))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -99,7 +99,7 @@ def test_the_step_is_captured_in_a_cuda_graph(name: str) -> None:
     for given in inputs:
         x.copy_(given)
         graph.replay()
-        close(y.cpu(), layer.step(given, eager, rows).cpu())
+        assert_close(y.cpu(), layer.step(given, eager, rows).cpu())
 
 
 GO_ON = """
@@ -148,7 +148,7 @@ def test_threads_step_different_rows_of_one_state(name: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    close(torch.cat(found), wanted)
+    assert_close(torch.cat(found), wanted)
 
 
 def resident_bytes() -> int:

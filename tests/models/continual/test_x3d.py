@@ -18,7 +18,7 @@ from conv_checks import (
     random_window,
     randomised,
 )
-from equality import close
+from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -62,7 +62,7 @@ def test_the_block_is_x3ds(out: int, stride: int, se_window: int) -> None:
     with torch.no_grad():
         wanted = block_in_torch(block, x.transpose(1, 2), stride, se_window).transpose(1, 2)
         # The last frame of the window needs the one that follows.
-        close(block(x), wanted[:, :19])
+        assert_close(block(x), wanted[:, :19])
     check_all(block, x)
 
 
