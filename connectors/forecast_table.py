@@ -116,9 +116,9 @@ def forecast_table(records: Sequence[Record], decimals: int | None) -> pa.Table:
     return pa.table([columns[name] for name in SCHEMA.names], schema=SCHEMA)
 
 
-def _writer(path: Path) -> parquet.ParquetWriter:
+def _writer(stream: pa.NativeFile) -> parquet.ParquetWriter:
     return parquet.ParquetWriter(
-        path, SCHEMA, compression="zstd", compression_level=1, use_dictionary=_DICTIONARIES, version="2.6"
+        stream, SCHEMA, compression="zstd", compression_level=1, use_dictionary=_DICTIONARIES, version="2.6"
     )
 
 
@@ -141,7 +141,14 @@ class PartWriter:
         self._waiting_rows = 0
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            self._writer = _writer(path)
+            # Ours to close: where the footer does not fit, pyarrow's writer leaves its own file open for the garbage
+            # collector, and a deleted part that is open goes on filling the disk.
+            self._stream = pa.OSFile(str(path), "wb")
+            try:
+                self._writer = _writer(self._stream)
+            except BaseException:
+                self._stream.close()
+                raise
 
     def add(self, record: Record) -> None:
         """Takes a forecast; memory holds at most one row group of them."""
@@ -164,6 +171,7 @@ class PartWriter:
         self._flush()
         with writing(self.path):
             self._writer.close()
+            self._stream.close()
             with self.path.open("rb") as stream:
                 os.fsync(stream.fileno())
             sync_folder(self.path.parent)
@@ -172,6 +180,8 @@ class PartWriter:
         """Deletes the part, whatever state it is in."""
         with suppress(OSError):  # it cannot be completed: that may be why it is abandoned
             self._writer.close()
+        with suppress(OSError):
+            self._stream.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -206,7 +216,7 @@ def merge_parts(parts: Sequence[Path], target: Path, temporary: Path) -> None:
     """
     with writing(target):
         try:
-            with _writer(temporary) as writer:
+            with pa.OSFile(str(temporary), "wb") as sink, _writer(sink) as writer:
                 for table in _regrouped(_plain_batches(parts)):
                     table = table.combine_chunks()
                     columns = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,25 @@ def check_readable(folder: Path, whole: dict[str, bytes]) -> None:
 # A full disk
 
 
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage collection: what is left open stays open."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def still_open(folder: Path) -> list[str]:
+    """Files below a folder that this process has open, deleted ones too: those go on filling a disk."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(descriptor.readlink()))
+    return [name for name in found if name.startswith(f"{folder.resolve()}/")]
+
+
+@pytest.mark.usefixtures("uncollected")
 def test_a_full_disk(here: Path, disk: Disk, whole: dict[str, bytes]) -> None:
     """It is full at the first file, at the first snapshot, and twice in mid-run; then there is room."""
     size = sum(map(len, whole.values())) // 1024
@@ -90,6 +111,7 @@ def test_a_full_disk(here: Path, disk: Disk, whole: dict[str, bytes]) -> None:
     for kilobytes in (4, 16, size // 4, size // 2, size - 8):
         disk.resize(kilobytes)
         line = expect_mistake(1, run("sink.files.path=disk/out"), "disk/out", "No space left on device")
+        assert still_open(disk.path) == []
         check_readable(disk.path / "out", whole)
         if "is safe: mend that, start again, and the run goes on from there" in line:
             reached.append(int(line.partition("the commit at input record ")[2].split()[0]))
