@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stepstream.models.base import Tree
 from stepstream.models.continual.base import Layer, fresh_clock, put, take, tick
 from stepstream.models.continual.cache import Precision, empty_ring, read_ring, write_ring
+from stepstream.models.continual.fused import as_arrays, call_kernel, or_empty, usable
 from stepstream.models.continual.positions import AgeBias, Rotary
 
 __all__ = ["ContinualAttention", "Positions", "attend"]
@@ -104,6 +107,26 @@ class ContinualAttention(Layer):
         k, v = kv.view(*x.shape[:-1], -1, self.head_width).chunk(2, dim=-2)
         return (k if self.rotary is None else self.rotary(k, time)), v
 
+    def attend_inputs(self, q: Tensor, x: Tensor, seen: Tensor) -> Tensor:
+        """What one query takes of inputs whose keys and values nobody keeps: without making them.
+
+        q' (W x) = (W' q)' x, and a weighted mean of values is the value of the mean, so two small products with `x`
+        stand in for projecting all of it; the bias of the keys moves all scores alike, which softmax does not see.
+        Multi-head latent attention serves so (DeepSeek-V2, arXiv:2405.04434). q [B, heads, 1, head width]; x
+        [B, K, width]; seen bool, broadcast to [B, 1, 1, K] -> [B, heads, 1, head width]. Not for rotary keys.
+        """
+        batch = q.shape[0]
+        keys, values = self.in_proj_weight[self.width :].view(2, self.kv_heads, self.head_width, self.width)
+        grouped = q.view(batch, self.kv_heads, -1, self.head_width)
+        asked = (grouped @ keys).view(batch, self.heads, self.width)
+        scores = torch.where(seen[:, :, 0], asked @ x.transpose(1, 2) / self.head_width**0.5, -torch.inf)
+        mean = (scores.softmax(dim=-1) @ x).view(batch, self.kv_heads, -1, self.width)
+        taken = mean @ values.transpose(1, 2)
+        if self.in_proj_bias is not None:
+            bias = self.in_proj_bias[self.width :].view(2, self.kv_heads, 1, self.head_width)
+            taken = taken + bias[1]
+        return taken.view(batch, self.heads, 1, self.head_width)
+
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """[B, T, width] -> [B, T, width]; `present` bool [B, T]: False marks an absent step."""
         batch, time = x.shape[:2]
@@ -166,6 +189,8 @@ class ContinualAttention(Layer):
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
+        if self.fusible(x, state):
+            return self.out_proj(self._fused(x, state, rows, due, present)), due
         clock = tick(state, rows, due)
         q, k, v = self.project(x, clock)
         slots = torch.arange(self.memory, device=x.device)
@@ -180,6 +205,41 @@ class ContinualAttention(Layer):
         keys, values = read_ring(state["keys_values"], rows, x.dtype).chunk(2, dim=1)
         attended = self._attend(q[:, :, None], keys, values, seen[:, None, None], bias)
         return self.out_proj(attended.reshape(x.shape[0], self.width)), due
+
+    def fusible(self, x: Tensor, state: Tree) -> bool:
+        """Whether `advance` takes one pass over the ring, in a kernel of `stepstream.models.continual.kernels`."""
+        data = state["keys_values"]["data"]
+        shape = (2 * self.kv_heads, self.memory, self.head_width)
+        return data.shape[1:] == shape and usable(
+            x, self.in_proj_weight, data, dropout=self.training and self.dropout > 0
+        )
+
+    def fused_state(
+        self, batch: int, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None
+    ) -> tuple[NDArray[Any], ...]:
+        """What the kernels want of a layer's state and of what comes with a step, in their order."""
+        present = self._checked(present)
+        here = torch.ones(batch, dtype=torch.bool) if self.absent and present is None else present
+        return (
+            *as_arrays(state["keys_values"]["data"], state["clock"]),
+            or_empty(rows, np.int64),
+            or_empty(due, np.bool_),
+            or_empty(here, np.bool_),
+            or_empty(state["present"] if self.absent else None, np.bool_, 2),
+            or_empty(None if self.age_bias is None else self.age_bias.weight, np.float32, 2),
+        )
+
+    def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
+        """`advance` without the last projection: [B, width]."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(x.shape[0], -1, self.head_width)
+        if self.rotary is not None:
+            rotated = self.heads + self.kv_heads
+            qkv[:, :rotated] = self.rotary(qkv[:, :rotated], take(state["clock"], rows))
+        out = torch.empty(x.shape[0], self.width)
+        call_kernel(
+            "attention_step", *as_arrays(qkv), *self.fused_state(x.shape[0], state, rows, due, present), *as_arrays(out)
+        )
+        return out
 
     @staticmethod
     def _remember(state: Tree, rows: Tensor | None, here: Tensor, present: Tensor | None, due: Tensor | None) -> Tensor:

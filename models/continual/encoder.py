@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,10 +13,14 @@ from stepstream.models.base import Tree
 from stepstream.models.continual.attention import ContinualAttention, Positions
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.cache import Precision
+from stepstream.models.continual.fused import as_arrays, call_kernel, or_empty, plain, usable
 
 __all__ = ["Activation", "Encoder", "EncoderLayer"]
 
 Activation = Literal["relu", "gelu"]
+FEW = 6
+"""Rows up to which a fused step, which reads all weights for each row, is faster than torch's products of matrices."""
+
 # In place where autograd allows it: the hidden layer of many tokens is the largest tensor there is.
 _ACTIVATIONS = {"relu": F.relu_, "gelu": F.gelu}
 
@@ -103,8 +108,56 @@ class EncoderLayer(Layer):
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
+        if x.shape[0] <= FEW and self._plain(x) and self.self_attn.fusible(x, state):
+            return self._fused(x, state, rows, due, present), due
         attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
         return self.finish(x, attended), due
+
+    def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
+        """`finish`, after the attention's last projection: one step of a few rows, [B, width], in one kernel."""
+        attention = self.self_attn
+        if (
+            x.shape[0] > FEW
+            or not self._plain(x)
+            or not usable(x, attention.in_proj_weight, attended, dropout=self.training and self.dropout.p > 0)
+        ):
+            return self.finish(x, attention.out_proj(attended))
+        y = torch.empty_like(attended)
+        call_kernel("finish_step", *as_arrays(x.contiguous(), attended), *self._weights(), *as_arrays(y))
+        return y
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.self_attn.out_proj, self.norm1, self.norm2, self.linear1, self.linear2
+
+    def _plain(self, x: Tensor) -> bool:
+        return x.shape[1:] == self.norm1.weight.shape and plain(*self._parts())
+
+    def _weights(self) -> tuple[Any, ...]:
+        """What the kernels want of a layer's weights and options, in their order."""
+        parts = self._parts()
+        return (
+            as_arrays(*(part.weight for part in parts)),
+            tuple(or_empty(part.bias, np.float32) for part in parts),
+            self.norm1.eps,
+            self.norm_first,
+            self.activation == "gelu",
+        )
+
+    def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
+        """`advance` in one kernel; for a few rows, as it reads all weights for each."""
+        attention = self.self_attn
+        y = torch.empty(x.shape)
+        call_kernel(
+            "encoder_step",
+            *as_arrays(x.contiguous()),
+            *attention.fused_state(x.shape[0], state, rows, due, present),
+            or_empty(None if attention.rotary is None else attention.rotary.frequencies(), np.float64),
+            *as_arrays(attention.in_proj_weight),
+            or_empty(attention.in_proj_bias, np.float32),
+            *self._weights(),
+            *as_arrays(y),
+        )
+        return y
 
 
 class Encoder(Layer):

@@ -27,9 +27,13 @@ class Rotary(nn.Module):
         # As integers, for `.float()` and its like would round a buffer that is seen to hold float64.
         self.register_buffer("frequency_bits", (base**-exponent).view(torch.int64), persistent=False)
 
+    def frequencies(self) -> Tensor:
+        """Radians a step of each pair, float64 [head_width / 2]."""
+        return self.get_buffer("frequency_bits").view(torch.float64)
+
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """X [..., T, heads, head_width] at `time` int64 [..., T] -> the same shape, pairs (i, i + width / 2) turned."""
-        angle = time[..., None, None].double() * self.get_buffer("frequency_bits").view(torch.float64)
+        angle = time[..., None, None].double() * self.frequencies()
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

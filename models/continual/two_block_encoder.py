@@ -51,11 +51,12 @@ class TwoBlockEncoder(Layer):
         """[B, T, width] -> [B, T, width]: output t is that of the window which ends at t. Costs T whole windows."""
         memory = self.memory
         padded = torch.cat([x.new_zeros(x.shape[0], memory - 1, x.shape[2]), x], dim=1)
+        newest = torch.full((x.shape[0],), memory - 1, device=x.device)
         outputs = []
         for t in range(x.shape[1]):
             window = padded[:, t : t + memory]
             time = torch.arange(t - memory + 1, t + 1, device=x.device)[None].expand(x.shape[0], -1)
-            outputs.append(self._newest(window, time, *self._project(window, time)))
+            outputs.append(self._newest(window, time, newest, *self._project(window, time)))
         return torch.stack(outputs, dim=1)
 
     def _project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,19 +65,26 @@ class TwoBlockEncoder(Layer):
         q, k, v = first.self_attn.project(first.before(x), time)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def _newest(self, tokens: Tensor, time: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The newest token's output, [B, width]; tokens [B, T, width] at `time` [B, T], in any order; < 0: unused."""
+    def _newest(self, tokens: Tensor, time: Tensor, newest: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The newest token's output, [B, width].
+
+        Tokens [B, T, width] at `time` [B, T], in any order; < 0: unused; number `newest` int64 [B] is the newest.
+        """
         first, second = self._blocks()
         batch, steps = tokens.shape[:2]
         seen = (time >= 0)[:, None, None]
         attended = attend(q, k, v, seen).transpose(1, 2).reshape(batch, steps, self.width)
         hidden = first.finish(tokens, first.self_attn.out_proj(attended))
-        newest = time.argmax(dim=1, keepdim=True)
+        newest = newest[:, None]
         own = hidden.gather(1, newest[..., None].expand(-1, 1, self.width))
-        k2, v2 = second.self_attn.project_keys_values(second.before(hidden), time)
-        q2 = second.self_attn.project_query(second.before(own), time.gather(1, newest))
-        one = attend(q2.transpose(1, 2), k2.transpose(1, 2), v2.transpose(1, 2), seen)
-        result = second.finish(own[:, 0], second.self_attn.out_proj(one.reshape(batch, self.width)))
+        attention = second.self_attn
+        q2 = attention.project_query(second.before(own), time.gather(1, newest)).transpose(1, 2)
+        if attention.rotary is None:
+            one = attention.attend_inputs(q2, second.before(hidden), seen)
+        else:
+            k2, v2 = attention.project_keys_values(second.before(hidden), time)
+            one = attend(q2, k2.transpose(1, 2), v2.transpose(1, 2), seen)
+        result = second.conclude(own[:, 0], one.reshape(batch, self.width))
         return result if self.norm is None else self.norm(result)
 
     def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
@@ -107,4 +115,4 @@ class TwoBlockEncoder(Layer):
         tokens = read_ring(state["input"], rows, x.dtype)[:, 0]
         ring = read_ring(state["projected"], rows, x.dtype)
         heads = [attention.heads, attention.kv_heads, attention.kv_heads]
-        return self._newest(tokens, time, *ring.split(heads, dim=1)), due
+        return self._newest(tokens, time, slot, *ring.split(heads, dim=1)), due

@@ -1,0 +1,73 @@
+"""When a fused kernel may stand in for torch's operations, and how tensors reach it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+__all__ = ["as_arrays", "call_kernel", "or_empty", "plain", "usable"]
+
+MANY = 1 << 20
+"""Numbers in a ring from which torch's threads, where there are several, are worth more than a kernel's single one."""
+
+_kernels: ModuleType | None = None
+_EMPTY: dict[tuple[type, int], NDArray[Any]] = {
+    (kind, axes): np.zeros((0,) * axes, kind)
+    for kind in (np.float32, np.float64, np.int64, np.bool_)
+    for axes in (1, 2)
+}
+
+
+def call_kernel(name: str, *arguments: Any) -> None:
+    """A kernel of `stepstream.models.continual.kernels`, which is imported late, as numba takes half a second.
+
+    Raises IndexError, with nothing written, if a row is not a slot of the state, or is missing.
+    """
+    global _kernels
+    if _kernels is None:
+        from stepstream.models.continual import kernels as module
+
+        _kernels = module
+    if not getattr(_kernels, name)(*arguments):
+        raise IndexError("rows, due and present were expected for each row of x, and rows to be slots of the state")
+
+
+def usable(x: Tensor, weight: Tensor, data: Tensor, *, dropout: bool) -> bool:
+    """Whether a step of `x` with `weight` and the ring `data` may be fused: see `stepstream.models.continual.kernels`.
+
+    Not while torch compiles, exports, transforms or records gradients, which all need to see its operations.
+    """
+    return (
+        not dropout
+        and type(x) is Tensor
+        and x.dtype == weight.dtype == data.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001 - nothing public tells
+        and x.device.type == "cpu" == data.device.type
+        and data.is_contiguous()
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and (data.numel() < MANY or torch.get_num_threads() == 1)
+    )
+
+
+def plain(*modules: nn.Module) -> bool:
+    """Whether these are torch's own layers with nothing hung on them that a kernel would not call."""
+    return all(
+        type(m) in (nn.Linear, nn.LayerNorm) and not (m._forward_hooks or m._forward_pre_hooks)  # noqa: SLF001 - nothing public tells
+        for m in modules
+    )
+
+
+def as_arrays(*tensors: Tensor) -> tuple[NDArray[Any], ...]:
+    """The tensors as numpy sees them, sharing their memory."""
+    return tuple(t.numpy(force=True) for t in tensors)
+
+
+def or_empty(tensor: Tensor | None, kind: type, axes: int = 1) -> NDArray[Any]:
+    """The tensor as numpy sees it, or, for None, an array of that type and so many axes without any number in it."""
+    return _EMPTY[kind, axes] if tensor is None else as_arrays(tensor)[0]

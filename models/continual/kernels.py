@@ -1,0 +1,366 @@
+"""Fused steps for the processor: one call where torch would make thirty, at the speed of reading weights and cache.
+
+A step of one stream multiplies a few vectors by matrices and reads a ring once. In torch each of its thirty operations
+costs microseconds before it begins, and its product of a matrix and one vector takes twice as long as reading the
+matrix. These kernels, compiled by numba at their first call (some seconds; kept on disk after that, see
+`NUMBA_CACHE_DIR`), do all of it in one pass, without the interpreter's lock. They are single-threaded, float32, for
+processors, and leave no graph for gradients; `usable` says when they may stand in for torch's operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["attention_step", "encoder_step", "finish_step"]
+
+Array = NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Sums may be taken in any order, which vector units need; infinities and NaN keep their meaning.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+
+def kernel(function: Function) -> Function:
+    """Compiled at its first call, for the types it is then given."""
+    compiled: Any = numba.njit(fastmath=_FAST, nogil=True, error_model="numpy")(function)
+    # Without a folder to write to, as in a read-only container, every process compiles anew.
+    with contextlib.suppress(RuntimeError):
+        compiled.enable_caching()
+    return compiled
+
+
+@kernel
+def _exp(x: Any) -> Any:
+    """e^x for x <= 0, float32, relative error below 1e-6: Cephes' expf (netlib.org/cephes).
+
+    A loop over it is vectorised, as one over the C library's is not.
+    """
+    if x < np.float32(-87.0):  # but NaN stays NaN
+        x = np.float32(-87.0)
+    n = math.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    n = np.float32(n)
+    r = x - n * np.float32(0.693147181)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@kernel
+def _linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
+    """Y = weight x + bias for one vector; an empty bias is none. Four rows at a time: x is read once for them."""
+    outs, ins = weight.shape
+    for j in range(0, outs - 3, 4):
+        a = np.float32(0)
+        b = np.float32(0)
+        c = np.float32(0)
+        d = np.float32(0)
+        for i in range(ins):
+            v = x[i]
+            a += weight[j, i] * v
+            b += weight[j + 1, i] * v
+            c += weight[j + 2, i] * v
+            d += weight[j + 3, i] * v
+        y[j] = a
+        y[j + 1] = b
+        y[j + 2] = c
+        y[j + 3] = d
+    for j in range(outs - outs % 4, outs):
+        a = np.float32(0)
+        for i in range(ins):
+            a += weight[j, i] * x[i]
+        y[j] = a
+    if bias.shape[0]:
+        for j in range(outs):
+            y[j] += bias[j]
+
+
+@kernel
+def _layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
+    """torch.nn.LayerNorm of one vector; an empty bias is none. `y` may be `x`."""
+    width = x.shape[0]
+    mean = np.float32(0)
+    for i in range(width):
+        mean += x[i]
+    mean /= np.float32(width)
+    square = np.float32(0)
+    for i in range(width):
+        square += (x[i] - mean) * (x[i] - mean)
+    scale = np.float32(1) / np.sqrt(square / np.float32(width) + np.float32(eps))
+    for i in range(width):
+        y[i] = (x[i] - mean) * scale * weight[i]
+    if bias.shape[0]:
+        for i in range(width):
+            y[i] += bias[i]
+
+
+@kernel
+def _softmax(scores: Array, count: int) -> Any:
+    """Exponentials of the first `count` scores less the largest, in place; returns 1 / their sum, 0 if all are -inf."""
+    largest = np.float32(-np.inf)
+    for t in range(count):
+        if not scores[t] <= largest:  # NaN is not lost
+            largest = scores[t]
+    if largest == np.float32(-np.inf):
+        for t in range(count):
+            scores[t] = np.float32(0)
+        return np.float32(0)
+    total = np.float32(0)
+    for t in range(count):
+        e = _exp(scores[t] - largest)
+        # A key that is not seen has no weight at all, whatever it holds.
+        e = np.float32(0) if scores[t] == np.float32(-np.inf) else e
+        scores[t] = e
+        total += e
+    return np.float32(1) / total
+
+
+@kernel
+def _attend(
+    q: Array, keys: Array, values: Array, clock: int, age_bias: Array, present: Array, scores: Array, out: Array
+) -> None:
+    """One head of one stream: q [D] over a ring keys, values [T, D] whose newest step is number `clock`; out [D].
+
+    `age_bias` [T] or empty; `present` bool [T] or empty.
+    """
+    memory, width = keys.shape
+    count = min(clock + 1, memory)
+    scale = np.float32(1) / np.sqrt(np.float32(width))
+    for t in range(count):
+        s = np.float32(0)
+        for d in range(width):
+            s += q[d] * keys[t, d]
+        scores[t] = s * scale
+    if age_bias.shape[0]:
+        for t in range(count):
+            scores[t] += age_bias[(clock - t) % memory]
+    if present.shape[0]:
+        for t in range(count):
+            if not present[t]:
+                scores[t] = np.float32(-np.inf)
+    total = _softmax(scores, count)
+    for d in range(width):
+        out[d] = np.float32(0)
+    for t in range(count):
+        p = scores[t]
+        for d in range(width):
+            out[d] += p * values[t, d]
+    for d in range(width):
+        out[d] *= total
+
+
+@kernel
+def _stream_step(
+    qkv: Array,
+    ring: Array,
+    clock: int,
+    age_bias: Array,
+    present: Array,
+    scores: Array,
+    out: Array,
+) -> None:
+    """One stream: writes its key and value into ring [2 K, T, D] and attends; qkv [H + 2 K, D], out [H, D]."""
+    heads = out.shape[0]
+    groups = ring.shape[0] // 2
+    slot = clock % ring.shape[1]
+    for g in range(2 * groups):
+        for d in range(ring.shape[2]):
+            ring[g, slot, d] = qkv[heads + g, d]
+    for h in range(heads):
+        g = h * groups // heads
+        bias = age_bias[h] if age_bias.shape[0] else scores[0:0]
+        _attend(qkv[h], ring[g], ring[groups + g], clock, bias, present, scores, out[h])
+
+
+@kernel
+def _fits(batch: int, ring: Array, clock: Array, rows: Array, due: Array, here: Array, present: Array) -> bool:
+    """Whether each row of a batch has a slot of its own: compiled code reads what it is pointed at."""
+    streams = ring.shape[0]
+    if clock.shape[0] != streams or (due.shape[0] and due.shape[0] != batch):
+        return False
+    if present.shape[0] and (
+        present.shape[0] != streams or present.shape[1] != ring.shape[2] or here.shape[0] != batch
+    ):
+        return False
+    if not rows.shape[0]:
+        return batch == streams or batch == 0
+    if rows.shape[0] != batch:
+        return False
+    return batch == 0 or (rows.min() >= 0 and rows.max() < streams)
+
+
+@kernel
+def attention_step(
+    qkv: Array,
+    ring: Array,
+    clock: Array,
+    rows: Array,
+    due: Array,
+    here: Array,
+    present: Array,
+    age_bias: Array,
+    out: Array,
+) -> bool:
+    """Advances clocks, writes keys and values, and attends with one query for each row; False: nothing was done.
+
+    qkv [B, H + 2 K, D], keys rotated already; ring [streams, 2 K, T, D]; clock int64 [streams]; rows int64 [B], or
+    empty: all; due bool [B], or empty: all; here bool [B] and present bool [streams, T], or both empty: all steps are
+    present; age_bias [H, T], or empty; out [B, H D]: zero for a row that is not due. False if a row has no slot.
+    """
+    if not _fits(qkv.shape[0], ring, clock, rows, due, here, present):
+        return False
+    width = ring.shape[3]
+    scores = np.empty(ring.shape[2], np.float32)
+    for b in range(qkv.shape[0]):
+        row = rows[b] if rows.shape[0] else b
+        if due.shape[0] and not due[b]:
+            out[b] = np.float32(0)
+            continue
+        time = clock[row]
+        clock[row] = time + 1
+        seen = present[row] if present.shape[0] else here
+        if present.shape[0]:
+            present[row, time % ring.shape[2]] = here[b]
+        _stream_step(qkv[b], ring[row], time, age_bias, seen, scores, out[b].reshape(-1, width))
+    return True
+
+
+@kernel
+def _rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
+    """Rotary positions of the first `heads` vectors of qkv [.., D] at `clock`, in place; no frequencies: none."""
+    half = frequencies.shape[0]
+    for i in range(half):
+        angle = clock * frequencies[i]
+        cos = np.float32(math.cos(angle))
+        sin = np.float32(math.sin(angle))
+        for h in range(heads):
+            first = qkv[h, i]
+            second = qkv[h, half + i]
+            qkv[h, i] = first * cos - second * sin
+            qkv[h, half + i] = first * sin + second * cos
+
+
+@kernel
+def _finish(
+    x: Array,
+    attended: Array,
+    weights: tuple[Array, ...],
+    biases: tuple[Array, ...],
+    eps: Any,
+    norm_first: bool,
+    gelu: bool,
+    y: Array,
+) -> None:
+    """What follows one stream's attention in an encoder layer: x, attended, y [width]; weights as `encoder_step`."""
+    out_weight, norm1, norm2, first, second = weights
+    out_bias, norm1_bias, norm2_bias, first_bias, second_bias = biases
+    width = x.shape[0]
+    inner = np.empty(width, np.float32)
+    hidden = np.empty(first.shape[0], np.float32)
+    _linear(out_weight, out_bias, attended, y)
+    for i in range(width):
+        y[i] += x[i]
+    if norm_first:
+        _layer_norm(y, norm2, norm2_bias, eps, inner)
+    else:
+        _layer_norm(y, norm1, norm1_bias, eps, y)
+        inner[:] = y
+    _linear(first, first_bias, inner, hidden)
+    if gelu:
+        for i in range(hidden.shape[0]):
+            v = hidden[i]
+            hidden[i] = np.float32(0.5) * v * (np.float32(1) + np.float32(math.erf(v * np.float32(0.70710678))))
+    else:
+        for i in range(hidden.shape[0]):
+            if hidden[i] < np.float32(0):  # but NaN stays NaN
+                hidden[i] = np.float32(0)
+    _linear(second, second_bias, hidden, inner)
+    for i in range(width):
+        y[i] += inner[i]
+    if not norm_first:
+        _layer_norm(y, norm2, norm2_bias, eps, y)
+
+
+@kernel
+def encoder_step(
+    x: Array,
+    ring: Array,
+    clock: Array,
+    rows: Array,
+    due: Array,
+    here: Array,
+    present: Array,
+    age_bias: Array,
+    frequencies: Array,
+    in_weight: Array,
+    in_bias: Array,
+    weights: tuple[Array, ...],
+    biases: tuple[Array, ...],
+    eps: Any,
+    norm_first: bool,
+    gelu: bool,
+    y: Array,
+) -> bool:
+    """A whole encoder layer for each row, one after the other; what is not described here is as in `attention_step`.
+
+    x, y [B, width]; frequencies float64 [D / 2], or empty: no rotary positions; in_weight [(H + 2 K) D, width];
+    weights: of out_proj, norm1, norm2, linear1, linear2, in that order, and so their biases, each of which, and
+    in_bias, may be empty.
+    """
+    if not _fits(x.shape[0], ring, clock, rows, due, here, present):
+        return False
+    memory, head_width = ring.shape[2:]
+    heads = x.shape[1] // head_width
+    groups = ring.shape[1] // 2
+    scores = np.empty(memory, np.float32)
+    qkv = np.empty((heads + 2 * groups, head_width), np.float32)
+    flat = qkv.reshape(-1)
+    attended = np.empty((heads, head_width), np.float32)
+    normed = np.empty(x.shape[1], np.float32)
+    for b in range(x.shape[0]):
+        row = rows[b] if rows.shape[0] else b
+        if due.shape[0] and not due[b]:
+            y[b] = np.float32(0)
+            continue
+        time = clock[row]
+        clock[row] = time + 1
+        seen = present[row] if present.shape[0] else here
+        if present.shape[0]:
+            present[row, time % memory] = here[b]
+        if norm_first:
+            _layer_norm(x[b], weights[1], biases[1], eps, normed)
+        else:
+            normed[:] = x[b]
+        _linear(in_weight, in_bias, normed, flat)
+        _rotate(qkv, heads + groups, time, frequencies)
+        _stream_step(qkv, ring[row], time, age_bias, seen, scores, attended)
+        _finish(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
+    return True
+
+
+@kernel
+def finish_step(
+    x: Array,
+    attended: Array,
+    weights: tuple[Array, ...],
+    biases: tuple[Array, ...],
+    eps: Any,
+    norm_first: bool,
+    gelu: bool,
+    y: Array,
+) -> bool:
+    """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [B, width]."""
+    for b in range(x.shape[0]):
+        _finish(x[b], attended[b], weights, biases, eps, norm_first, gelu, y[b])
+    return True

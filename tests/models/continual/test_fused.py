@@ -1,0 +1,216 @@
+"""A fused step is the step of torch's operations: outputs, state, what is refused, what is left to torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from equality import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from stepstream.models.base import copy_rows
+from stepstream.models.continual import attention, encoder, fused
+from stepstream.models.continual.attention import ContinualAttention
+from stepstream.models.continual.base import Layer
+from stepstream.models.continual.encoder import FEW, EncoderLayer
+from stepstream.models.continual.two_block_encoder import TwoBlockEncoder
+
+WIDTH, STREAMS = 12, 9
+
+
+@contextmanager
+def calls(*, refused: bool = False) -> Iterator[list[str]]:
+    """The kernels called meanwhile; with `refused`, every step is left to torch."""
+    names: list[str] = []
+    real_call, real_usable = fused.call_kernel, fused.usable
+
+    def call(name: str, *arguments: Any) -> None:
+        names.append(name)
+        real_call(name, *arguments)
+
+    def usable(*arguments: Any, **options: Any) -> bool:
+        return not refused and real_usable(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (attention, encoder):
+            patch.setattr(module, "call_kernel", call)
+            patch.setattr(module, "usable", usable)
+        yield names
+
+
+def assert_fused_equals_torch(layer: Layer, batch: int, steps: int, seed: int, kernel: str, *, absent: bool) -> None:
+    """Ragged rows, some of them not due, some steps absent: the same outputs and, to rounding, the same state."""
+    layer.eval()
+    random = torch.Generator().manual_seed(seed)
+    one, other = layer.initial_state(STREAMS), layer.initial_state(STREAMS)
+    for _ in range(steps):
+        rows = torch.randperm(STREAMS, generator=random)[:batch] if batch < STREAMS else None
+        x = torch.randn(batch, WIDTH, generator=random)
+        due = torch.rand(batch, generator=random) < 0.8
+        present = {"present": torch.rand(batch, generator=random) < 0.7} if absent else {}
+        with torch.no_grad():
+            with calls() as names:
+                found, _ = layer.advance(x, one, rows, due, **present)
+            assert names == [kernel]
+            with calls(refused=True) as names:
+                wanted, _ = layer.advance(x, other, rows, due, **present)
+            assert names == []
+        assert_close(found[due], wanted[due])
+    assert_same_state(one, other)
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        for name in one:
+            assert_same_state(one[name], other[name])
+    elif one.is_floating_point():
+        assert_close(one, other)
+    else:
+        assert torch.equal(one, other)
+
+
+OPTIONS = {
+    "kv_heads": st.sampled_from([1, 3]),
+    "bias": st.booleans(),
+    "positions": st.sampled_from(["none", "rotary", "relative"]),
+    "absent": st.booleans(),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    options=st.fixed_dictionaries(OPTIONS), memory=st.integers(1, 7), batch=st.integers(1, 9), seed=st.integers(0, 99)
+)
+def test_attention(options: dict[str, Any], memory: int, batch: int, seed: int) -> None:
+    layer = ContinualAttention(WIDTH, 3, memory, **options)
+    if layer.age_bias is not None:
+        nn.init.normal_(layer.age_bias.weight)
+    assert_fused_equals_torch(layer, batch, 20, seed, "attention_step", absent=options["absent"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    options=st.fixed_dictionaries(
+        {**OPTIONS, "norm_first": st.booleans(), "activation": st.sampled_from(["relu", "gelu"])}
+    ),
+    memory=st.integers(1, 7),
+    feedforward=st.integers(1, 19),
+    batch=st.integers(1, FEW),
+    seed=st.integers(0, 99),
+)
+def test_an_encoder_layer(options: dict[str, Any], memory: int, feedforward: int, batch: int, seed: int) -> None:
+    layer = EncoderLayer(WIDTH, 3, memory, feedforward, **options)
+    assert_fused_equals_torch(layer, batch, 20, seed, "encoder_step", absent=options["absent"])
+
+
+def test_many_rows_share_a_product_of_matrices() -> None:
+    layer = EncoderLayer(WIDTH, 3, 5, 16)
+    assert_fused_equals_torch(layer, FEW + 1, 20, 0, "attention_step", absent=False)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_two_blocks(norm_first: bool, kv_heads: int) -> None:
+    layer = TwoBlockEncoder(WIDTH, 3, 5, feedforward=16, norm_first=norm_first, kv_heads=kv_heads)
+    assert_fused_equals_torch(layer, 3, 20, 0, "finish_step", absent=False)
+
+
+def test_queries_of_inputs_are_attention_to_their_keys_and_values() -> None:
+    torch.manual_seed(0)
+    layer = ContinualAttention(WIDTH, 6, 5, kv_heads=2).double()
+    nn.init.normal_(layer.in_proj_bias)
+    x, time = torch.randn(4, 5, WIDTH).double(), torch.arange(5)[None]
+    seen = torch.tensor([[True, True, False, True, False]] * 4)[:, None, None]
+    q = layer.project_query(x[:, :1], time[:, :1]).transpose(1, 2)
+    k, v = (part.transpose(1, 2) for part in layer.project_keys_values(x, time))
+    assert_close(layer.attend_inputs(q, x, seen), attention.attend(q, k, v, seen))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_logits_of_any_size(scale: float) -> None:
+    torch.manual_seed(0)
+    layer = ContinualAttention(WIDTH, 3, 5).eval()
+    state, exact = layer.initial_state(1), layer.double().initial_state(1)
+    exact_layer = ContinualAttention(WIDTH, 3, 5).eval().double()
+    exact_layer.load_state_dict(layer.state_dict())
+    layer.float()
+    with torch.no_grad():
+        for _ in range(12):
+            x = torch.randn(1, WIDTH) * scale**0.5
+            with calls() as names:
+                found = layer.step(x, state)
+            assert names == ["attention_step"]
+            # A logit's own rounding moves a weight by so much of itself.
+            assert_close(found.double(), exact_layer.step(x.double(), exact), 1e-5 * max(1.0, scale / 10))
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    layer = EncoderLayer(WIDTH, 3, 4, 16).eval()
+    state = layer.initial_state(2)
+    x = torch.zeros(2, WIDTH)
+    x[1, 3] = torch.nan
+    with torch.no_grad(), calls() as names:
+        found = [layer.step(x, state), layer.step(torch.zeros(2, WIDTH), state)]
+    assert names == ["encoder_step"] * 2
+    assert all(y[0].isfinite().all() and y[1].isnan().all() for y in found), "only the stream that got it, from then on"
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [-1, 0], [0]])
+@pytest.mark.parametrize("build", [lambda: ContinualAttention(4, 2, 3), lambda: EncoderLayer(4, 2, 3, 8)])
+def test_a_row_without_a_slot_is_refused_before_anything_is_written(rows: list[int], build: Any) -> None:
+    layer = build().eval()
+    state = layer.initial_state(2)
+    before = copy_rows(state, torch.arange(2))
+    with torch.no_grad(), pytest.raises(IndexError, match="slots of the state"):
+        layer.step(torch.randn(2, 4), state, torch.tensor(rows))
+    assert_same_state(state, before)
+
+
+def test_all_rows_means_all() -> None:
+    layer = ContinualAttention(4, 2, 3).eval()
+    with torch.no_grad(), pytest.raises(IndexError, match="slots of the state"):
+        layer.step(torch.randn(1, 4), layer.initial_state(2))
+
+
+def step(layer: Layer, x: Tensor, state: Any = None) -> list[str]:
+    with calls() as names:
+        layer.step(x, layer.initial_state(x.shape[0]) if state is None else state)
+    return names
+
+
+def test_torch_steps_what_it_must_see() -> None:
+    layer = EncoderLayer(WIDTH, 3, 4, 16).eval()
+    x = torch.randn(2, WIDTH)
+    assert step(layer, x) == [], "a gradient reaches the parameters"
+    layer.requires_grad_(False)
+    assert step(layer, x) == ["encoder_step"]
+    assert step(layer, x.clone().requires_grad_()) == []
+    with torch.no_grad():
+        assert step(layer.double(), x.double()) == []
+        assert step(EncoderLayer(WIDTH, 3, 4, 16, cache="bfloat16").eval(), x) == []
+        layer.float().linear1.register_forward_hook(lambda *_: None)
+        assert step(layer, x) == ["attention_step"], "a hook would not be called"
+        assert step(EncoderLayer(WIDTH, 3, 4, 16, dropout=0.5).train(), x) == []
+
+
+def test_kernels_are_compiled_anew_where_no_folder_can_be_written(tmp_path: Any) -> None:
+    """What a read-only container meets: numba finds nowhere to keep compiled code."""
+    code = """
+import numba.core.caching as caching
+caching.FunctionCache._impl_class._locator_classes = []
+import torch
+from stepstream.models.continual.attention import ContinualAttention
+layer = ContinualAttention(4, 2, 3).eval()
+with torch.no_grad():
+    print(layer.step(torch.ones(1, 4), layer.initial_state(1)).shape)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "[1, 4]" in run.stdout
