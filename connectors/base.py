@@ -124,6 +124,9 @@ class Sink(ABC):
 
     Options: ClassVar[type[Options]] = Options
 
+    pipeline: str = ""
+    """Whose outputs they are; told before `open`."""
+
     @abstractmethod
     def open(self, position: dict[str, Any] | None) -> None:
         """Brings the outputs to exactly `position` (a JSON value once returned by `prepare`), or to empty if None.

@@ -100,11 +100,14 @@ def _reader(kind: object) -> Callable[[Mapping[str, Any]], Any]:
     raise InputError(f"type: {kind!r:.60} is unknown; known: {', '.join(sorted(_READERS))}")
 
 
-def record_from_json(body: bytes | str, origin: Origin | None = None, key: str | None = None) -> Record:
+def record_from_json(
+    body: bytes | str, origin: Origin | None = None, key: str | None = None, time_ns: int | None = None
+) -> Record:
     """The record of one JSON object, in the whole or the short form.
 
     `origin` given: the record is an input record of that origin (path ()), whatever the object says of itself; not
-    given: the object must say. `key` is used where the object names none. Raises InputError with the field and why.
+    given: the object must say. `key` and `time_ns` are used where the object has none. Raises InputError with the
+    field and why.
     """
     fields = load_object(body)
     kind = fields.get("type", "reading")
@@ -113,9 +116,10 @@ def record_from_json(body: bytes | str, origin: Origin | None = None, key: str |
     named = fields.get("key", key)
     if not isinstance(named, str):
         raise InputError("key: missing" if named is None else f"key: expected text, got {named!r:.60}")
-    if "time" not in fields:
+    if "time" in fields:
+        time_ns = parse_time(fields["time"])
+    elif time_ns is None:
         raise InputError("time: missing")
-    time_ns = parse_time(fields["time"])
     payload = _reader(kind)(fields)
     if origin is not None:
         return Record(named, time_ns, payload, origin)

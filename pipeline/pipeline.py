@@ -98,25 +98,25 @@ class _Watched(Sink):
     """A sink whose outputs somebody else sees too."""
 
     def __init__(self, sink: Sink, seen: Callable[[Sequence[Record]], None]) -> None:
-        self._sink = sink
+        self.watched = sink
         self._seen = seen
 
     def open(self, position: dict[str, Any] | None) -> None:
-        self._sink.open(position)
+        self.watched.open(position)
 
     def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
-        self._sink.write(records, dead)
+        self.watched.write(records, dead)
         if records:
             self._seen(records)
 
     def prepare(self) -> dict[str, Any]:
-        return self._sink.prepare()
+        return self.watched.prepare()
 
     def finish(self) -> None:
-        self._sink.finish()
+        self.watched.finish()
 
     def close(self) -> None:
-        self._sink.close()
+        self.watched.close()
 
 
 class Pipeline:
@@ -248,6 +248,7 @@ class Pipeline:
         except BaseException:
             source.close()
             raise
+        sink.pipeline = checked.name
         return Built(task, source, sink, engine, self.state_dir())
 
     def state_dir(self) -> FilePath | None:

@@ -263,6 +263,10 @@ class SnapshotStore:
             raise SnapshotError(f"snapshot {ref.sha256} stands at {snapshot.offsets}, not at {ref.offsets}")
         return snapshot
 
+    def remove(self, sha256: str) -> None:
+        """Removes one snapshot, if it is there."""
+        self.path(sha256).unlink(missing_ok=True)
+
     def collect(self, keep: Collection[str]) -> int:
         """Removes every snapshot that is not named: how many. Call it when the commit that names them is durable."""
         removed = 0

@@ -1,0 +1,231 @@
+"""`kafka`: a topic as a source, and topics as a sink."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from kafka import ConsumerRecord, KafkaConsumer, KafkaProducer, TopicPartition
+from pydantic import Field
+
+from stepstream.connectors import base, kafka_client
+from stepstream.connectors.base import DeadLetter, InputError, Partition, Undecodable
+from stepstream.connectors.codecs import kind_of
+from stepstream.connectors.kafka_chunks import SPAN, Assembler, split
+from stepstream.connectors.kafka_client import Compression, Connection, reaching
+from stepstream.connectors.kafka_messages import Message, dead_letter_message, headers_of, output_message, record_of
+from stepstream.connectors.records import Origin, Record
+
+__all__ = ["KafkaSink", "KafkaSource", "MessageReader", "send_all"]
+
+MAX_RECORD_BYTES = 64 * 2**20
+
+
+class MessageReader:
+    """Messages of a topic's partitions as input records; a function of the log, wherever reading begins."""
+
+    def __init__(self, topic: str, max_bytes: int, default_key: str | None) -> None:
+        self._topic, self._max_bytes, self._default_key = topic, max_bytes, default_key
+        self._assemblers: dict[int, Assembler] = {}
+        self._from: dict[int, int] = {}
+
+    def begin(self, partition: int, offset: int) -> int:
+        """The next record wanted of a partition is the first at `offset` or behind: from where to read messages."""
+        self._assemblers[partition] = Assembler(self._max_bytes)
+        self._from[partition] = offset
+        return max(0, offset - SPAN)
+
+    @property
+    def begun(self) -> set[int]:
+        """The partitions of which something is wanted."""
+        return set(self._from)
+
+    def forget(self, partition: int) -> None:
+        """Nothing more is wanted of a partition."""
+        self._assemblers.pop(partition, None)
+        self._from.pop(partition, None)
+
+    def records(self, polled: Mapping[TopicPartition, Sequence[ConsumerRecord]]) -> list[Record]:
+        """The records of a poll, oldest first; in order within a partition. Those of partitions not begun are left."""
+        lists = [self._of(partition.partition, messages) for partition, messages in polled.items()]
+        lists = [records for records in lists if records]
+        if len(lists) <= 1:
+            return lists[0] if lists else []
+        return list(heapq.merge(*lists, key=lambda record: record.time_ns))
+
+    def _of(self, partition: int, messages: Iterable[ConsumerRecord]) -> list[Record]:
+        assembler, first = self._assemblers.get(partition), self._from.get(partition, 0)
+        if assembler is None:
+            return []
+        records = []
+        for message in messages:
+            headers = headers_of(message.headers)
+            try:
+                value, whole = assembler.value(message.offset, message.value, headers)
+            except InputError as error:
+                if message.offset >= first:
+                    records.append(self._unreadable(message, str(error)))
+                continue
+            if whole and message.offset >= first:
+                origin = Origin(self._topic, partition, message.offset)
+                records.append(
+                    record_of(
+                        message.key, value, headers, message.timestamp, origin, self._max_bytes, self._default_key
+                    )
+                )
+        return records
+
+    def _unreadable(self, message: ConsumerRecord, reason: str) -> Record:
+        key = (message.key or b"").decode("utf-8", "replace")
+        origin = Origin(self._topic, message.partition, message.offset)
+        return Record(key, message.timestamp * 1_000_000, Undecodable(message.value or b"", reason), origin)
+
+
+class KafkaSource(base.Source):
+    """A topic, read from its beginning; it never ends. Only committed records are seen.
+
+    Offsets are Kafka's own; markers of transactions and removed records leave holes. With `engine: kafka`, partitions
+    are shared out among the processes of a group; with `engine: local` one process reads all of them. Raises
+    KafkaUnavailable, and InputError for a topic that is not there or records that are no longer there.
+    """
+
+    finite = False
+
+    class Options(Connection):
+        """`topic`. `key`: for messages that have none. `group`: default the pipeline's name. `max_record_bytes`: a
+        larger one, after decompression, is a dead letter. See `Connection` for the rest.
+        """
+
+        topic: str = Field(min_length=1, pattern=r"^[a-zA-Z0-9._-]{1,249}$")
+        key: str | None = None
+        group: str | None = None
+        max_record_bytes: int = Field(MAX_RECORD_BYTES, ge=1, le=1 << 30)
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.reader = MessageReader(options.topic, options.max_record_bytes, options.key)
+        self._consumer: KafkaConsumer | None = None
+
+    def _reading(self) -> KafkaConsumer:
+        if self._consumer is None:
+            self._consumer = kafka_client.consumer(self.options)
+            with reaching(self.options):
+                numbers = self._consumer.partitions_for_topic(self.options.topic)
+                if not numbers:
+                    raise InputError(
+                        f"topic: there is no {self.options.topic!r} at {self.options.servers}; "
+                        "`stepstream topics FILE --create` makes what a pipeline needs"
+                    )
+                self._consumer.assign([TopicPartition(self.options.topic, number) for number in sorted(numbers)])
+        return self._consumer
+
+    def partitions(self) -> Sequence[Partition]:
+        return [(p.topic, p.partition) for p in sorted(self._reading().assignment())]
+
+    def seek(self, offsets: Mapping[Partition, int]) -> None:
+        consumer = self._reading()
+        places = {TopicPartition(*partition): offset for partition, offset in offsets.items()}
+        with reaching(self.options):
+            first, end = consumer.beginning_offsets(list(places)), consumer.end_offsets(list(places))
+            for place, offset in places.items():
+                if not (first[place] <= offset <= end[place] or offset == 0):
+                    raise InputError(
+                        f"offset: {place.topic}/{place.partition} holds {first[place]} to {end[place]}, "
+                        f"and {offset} was to be read next: records are lost"
+                    )
+                consumer.seek(place, max(first[place], self.reader.begin(place.partition, offset)))
+
+    def poll(self, max_records: int, timeout_s: float) -> list[Record]:
+        consumer = self._reading()
+        for place in consumer.assignment():
+            if place.partition not in self.reader.begun:
+                self.seek({(place.topic, place.partition): 0})
+        with reaching(self.options):
+            polled = consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=max_records)
+        return self.reader.records(polled)
+
+    @property
+    def ended(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self._consumer is not None:
+            self._consumer.close(autocommit=False)
+            self._consumer = None
+
+
+class KafkaSink(base.Sink):
+    """Topics that outputs are published to, keyed by the record's key: see `kafka_messages` for what stands in them.
+
+    With `engine: kafka` each output is committed once, together with the input's offsets. Other engines cannot take
+    back what they published: after a crash outputs come again, with the same (pipeline, origin, path).
+    """
+
+    class Options(Connection):
+        """`topic`: for outputs; `topics`: for some kinds of them ({score: scores}). `dead_letters`: default the topic's
+        name with ".dead". `compression`: of batches, by the client. `compress`: zstd for each value before that, which
+        a broker's limit on sizes sees. A value above `chunk_bytes` is cut into chunks.
+        """
+
+        topic: str = Field(min_length=1, pattern=r"^[a-zA-Z0-9._-]{1,244}$")
+        topics: dict[str, str] = Field(default_factory=dict)
+        dead_letters: str | None = None
+        compression: Compression = "none"
+        compress: bool = False
+        chunk_bytes: int = Field(900_000, ge=1, le=1 << 30)
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._producer: KafkaProducer | None = None
+        self._owned = False
+
+    @property
+    def dead_letter_topic(self) -> str:
+        """Where records go that could not be used."""
+        return self.options.dead_letters or f"{self.options.topic}.dead"
+
+    def topics(self) -> list[str]:
+        """All that it may publish to."""
+        return sorted({self.options.topic, *self.options.topics.values(), self.dead_letter_topic})
+
+    def messages(self, records: Iterable[Record], dead: Iterable[DeadLetter]) -> list[Message]:
+        """What to send for outputs and dead letters, in order. Raises InputError for a payload without a codec."""
+        options, messages = self.options, []
+        for record in records:
+            topic = options.topics.get(kind_of(type(record.value)), options.topic)
+            messages += split(output_message(record, topic, self.pipeline, options.compress), options.chunk_bytes)
+        for letter in dead:
+            messages += split(dead_letter_message(letter, self.dead_letter_topic, self.pipeline), options.chunk_bytes)
+        return messages
+
+    def use(self, producer: KafkaProducer) -> None:
+        """Publishes through somebody else's producer from now on, who also closes it."""
+        self._producer, self._owned = producer, False
+
+    def open(self, position: dict[str, Any] | None) -> None:
+        self._owned = True
+        self._producer = kafka_client.producer(self.options, self.options.compression)
+
+    def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
+        assert self._producer is not None
+        with reaching(self.options):
+            send_all(self._producer, self.messages(records, dead))
+
+    def prepare(self) -> dict[str, Any]:
+        assert self._producer is not None
+        with reaching(self.options):
+            self._producer.flush()
+        return {}
+
+    def close(self) -> None:
+        if self._producer is not None and self._owned:
+            self._producer.close()
+        self._producer = None
+
+
+def send_all(producer: KafkaProducer, messages: Iterable[Message]) -> list[Any]:
+    """Hands messages to a producer, which sends them in the background; the futures of their places."""
+    return [
+        producer.send(m.topic, m.value, key=m.key, headers=m.headers, timestamp_ms=m.timestamp_ms) for m in messages
+    ]
