@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -209,7 +210,8 @@ class KafkaSink(base.Sink):
 
     def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
         assert self._producer is not None
-        with reaching(self.options):
+        # Whose producer it is, knows what its errors mean.
+        with reaching(self.options) if self._owned else contextlib.nullcontext():
             send_all(self._producer, self.messages(records, dead))
 
     def prepare(self) -> dict[str, Any]:

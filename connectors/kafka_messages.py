@@ -8,7 +8,7 @@ Headers, all of them text:
 | `content-type` | of the value; without it the value is a JSON record, in the whole or the short form |
 | `content-encoding` | `zstd` if the value is compressed, with its size before that in `content-length` |
 | `event-time-ns` | the event time in full, nanoseconds since the Unix epoch |
-| `pipeline`, `origin`, `path` | which pipeline made it, from which input record (topic/partition/offset), and its lineage |
+| `pipeline`, `origin`, `path` | which pipeline made it, from which input record (topic/partition/offset), and lineage |
 | `model`, `weights` | what made it: registered name and sha256 |
 | `operator`, `reason` | of a dead letter: who could not use it, and why |
 
@@ -58,9 +58,8 @@ def output_message(record: Record, topic: str, pipeline: str, compress: bool = F
         body = pa.compress(encoded.body, "zstd", asbytes=True)
         how = [("content-encoding", b"zstd"), ("content-length", b"%d" % len(encoded.body))]
     headers = [("content-type", encoded.content_type.encode()), *how, *_about(record, pipeline)]
-    for name in ("model", "weights"):
-        if made_by := getattr(record.value, name, None):
-            headers.append((name, str(made_by).encode()))
+    made_by = ((name, getattr(record.value, name, None)) for name in ("model", "weights"))
+    headers += [(name, str(value).encode()) for name, value in made_by if value]
     return Message(topic, record.key.encode(), body, headers, record.time_ns // 1_000_000)
 
 

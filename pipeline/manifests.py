@@ -82,8 +82,7 @@ def read_manifests(
     if left:
         _LOG.warning("manifests were not read to their end", extra={"partitions": sorted(p.partition for p in left)})
     return {
-        number: sorted(by_number.values(), key=lambda manifest: -manifest.offset)
-        for number, by_number in found.items()
+        number: sorted(by_number.values(), key=lambda manifest: -manifest.offset) for number, by_number in found.items()
     }
 
 

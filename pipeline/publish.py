@@ -6,11 +6,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.output import OutputError, writing
@@ -29,31 +29,31 @@ def publish(
     to: str,
     speed: float | None,
     form: str | None = None,
+    emit: str = "readings",
+    kafka: Mapping[str, Any] | None = None,
     stop: threading.Event | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """Replays a recording to a folder (its `readings.jsonl`, replaced if there) or, for "-", to stdout.
+    """Replays a recording to a folder (its `readings.jsonl`, replaced if there), to stdout for "-", or to kafka:TOPIC.
 
-    `form`: the recording's format; None: found from its content.
+    `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
+    of a moment. `kafka`: the options of a kafka sink besides `topic`.
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts. Raises
     InputError for a recording that cannot be read and a destination that is none, and
     OutputError for one that cannot be written: whole lines stay there.
     """
-    if to.startswith("kafka:"):
-        raise InputError(f"--to {to}: Kafka is not part of this installation; expected a folder, or - for stdout")
-    options = {"path": str(path), "speed": "max" if speed is None else speed, "format": form}
+    options = {"path": str(path), "speed": "max" if speed is None else speed, "format": form, "emit": emit}
     source = Replay(Replay.Options.model_validate(options))
     stop = threading.Event() if stop is None else stop
     started = time.monotonic()
     done = 0
     try:
-        with _destination(to) as (out, name):
+        with _destination(to, kafka or {}) as (write, name):
             while not source.ended and not stop.is_set():
                 records = source.poll(_BATCH, 0.2)
                 if records:
-                    out.write(b"".join(_line(record) for record in records))
-                    out.flush()
+                    write(records)
                     done += len(records)
                 if on_progress is not None:
                     on_progress(*source.progress())
@@ -72,7 +72,18 @@ def _line(record: Record) -> bytes:
     return (reading_to_json(record) if isinstance(record.value, Reading) else record_to_json(record)) + b"\n"
 
 
-class _Folder(AbstractContextManager["tuple[BinaryIO, str]"]):
+_Write: TypeAlias = Callable[[Sequence[Record]], None]
+
+
+def _lines_to(out: BinaryIO) -> _Write:
+    def write(records: Sequence[Record]) -> None:
+        out.write(b"".join(_line(record) for record in records))
+        out.flush()
+
+    return write
+
+
+class _Folder(AbstractContextManager["tuple[_Write, str]"]):
     def __init__(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--to {folder}: a file; expected a folder, - or kafka:TOPIC")
@@ -80,10 +91,10 @@ class _Folder(AbstractContextManager["tuple[BinaryIO, str]"]):
             folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "readings.jsonl"
 
-    def __enter__(self) -> tuple[BinaryIO, str]:
+    def __enter__(self) -> tuple[_Write, str]:
         with writing(self._path):
             self._file = self._path.open("wb")
-        return self._file, str(self._path)
+        return _lines_to(self._file), str(self._path)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
@@ -103,19 +114,46 @@ class _Folder(AbstractContextManager["tuple[BinaryIO, str]"]):
 
 
 @contextmanager
-def _standard_output() -> Iterator[tuple[BinaryIO, str]]:
+def _standard_output() -> Iterator[tuple[_Write, str]]:
     sys.stdout.flush()
     try:
-        yield sys.stdout.buffer, "-"
+        yield _lines_to(sys.stdout.buffer), "-"
     except BrokenPipeError:
         raise
     except OSError as error:
         raise OutputError("standard output", error) from error
 
 
-def _destination(to: str) -> AbstractContextManager[tuple[BinaryIO, str]]:
+@contextmanager
+def _kafka(to: str, options: Mapping[str, Any]) -> Iterator[tuple[_Write, str]]:
+    """Each record once, in order, in the sink's own form; flushed at the end of each poll."""
+    from pydantic import ValidationError
+
+    from stepstream.connectors.kafka import KafkaSink
+
+    try:
+        sink = KafkaSink(KafkaSink.Options.model_validate({**options, "topic": to.removeprefix("kafka:")}))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"--to {to}: {where}: {first['msg']}") from error
+
+    def write(records: Sequence[Record]) -> None:
+        sink.write(records, [])
+        sink.prepare()
+
+    sink.open(None)
+    try:
+        yield write, to
+    finally:
+        sink.close()
+
+
+def _destination(to: str, kafka: Mapping[str, Any]) -> AbstractContextManager[tuple[_Write, str]]:
     if to == "-":
         return _standard_output()
+    if to.startswith("kafka:"):
+        return _kafka(to, kafka)
     if not to:
         raise InputError("--to: empty; expected a folder, - or kafka:TOPIC")
     return _Folder(Path(to))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from stepstream.pipeline.cli.common import (
     console,
     emit_json,
     number,
+    options_from,
     use_current_folder,
     verb,
 )
@@ -26,7 +27,8 @@ EXAMPLES = """\b
 Examples:
   stepstream replay metr_la.npz --to readings/          writes readings/readings.jsonl
   stepstream replay metr_la.npz --to - --rate 20 | head
-  stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1
+  stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1 --servers broker:9092
+  stepstream replay metr_la.npz --to kafka:traffic.frames --emit frames --set security.protocol=SSL
 """
 
 
@@ -40,6 +42,16 @@ def replay(
         str, typer.Option("--rate", help="max, or how many times faster than it was recorded: 1, 20, ...")
     ] = "max",
     form: FormatOption = None,
+    emit: Annotated[
+        str, typer.Option("--emit", help="readings, or frames: all readings of a moment in one record.")
+    ] = "readings",
+    servers: Annotated[
+        str, typer.Option("--servers", envvar="STEPSTREAM_SERVERS", help="The brokers of kafka:TOPIC, host:port,...")
+    ] = "127.0.0.1:9092",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the kafka sink, such as security.protocol=SSL."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -48,11 +60,13 @@ def replay(
     speed = _speed(rate)
     if to == "-" and as_json:
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
+    if emit not in ("readings", "frames"):
+        raise WrongUse(f"--emit {emit}: expected readings or frames")
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 
     with stop_on_signals() as stop, record_progress(f"replay {path.name}") as update:
-        summary = publish(path, to, speed, form, stop, update)
+        summary = publish(path, to, speed, form, emit, _kafka_options(servers, settings or []), stop, update)
     if as_json:
         emit_json(summary)
     else:
@@ -60,6 +74,20 @@ def replay(
         console(stderr=True).print(
             f"{said} {number(summary['records'])} records in {summary['seconds']:.1f} s to {summary['to']}"
         )
+
+
+def _kafka_options(servers: str, settings: list[str]) -> dict[str, Any]:
+    """`--set a.b=c` as nested options."""
+    options: dict[str, Any] = {"servers": servers}
+    for name, value in options_from(settings).items():
+        *folders, last = name.split(".")
+        place = options
+        for folder in folders:
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                raise WrongUse(f"--set {name}: {folder} has a value already")
+        place[last] = value
+    return options
 
 
 def _speed(rate: str) -> float | None:

@@ -9,8 +9,8 @@ State is a function of the input log. What a process holds of a partition stands
 committed offset may be another one (an assignment, an aborted transaction, a commit whose outcome is not known), it is
 read again, after any transaction that is still open on it (KIP-447's stable offsets): if they are equal the process
 goes on; else it takes the newest snapshot at or below the committed offset and replays the log from there, silently,
-up to it. Other partitions are served meanwhile: a poll's records before their partition's committed offset are replayed,
-the others are live.
+up to it. Other partitions are served meanwhile: of a poll's records, those before their partition's committed offset
+are replayed, the others are live.
 
 Nothing is in flight between two polls, so a rebalance finds nothing to drain, and while a transaction waits for a slow
 broker nothing more is read: memory stays flat.
@@ -19,7 +19,6 @@ broker nothing more is read: memory stays flat.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
 import time
@@ -36,7 +35,7 @@ from pydantic import BaseModel, Field
 
 from stepstream.connectors import kafka_client
 from stepstream.connectors.base import Sink, Source
-from stepstream.connectors.kafka import KafkaSink, KafkaSource, send_all
+from stepstream.connectors.kafka import KafkaSink, KafkaSource
 from stepstream.connectors.kafka_client import KafkaUnavailable, reaching
 from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
@@ -50,3 +49,405 @@ from stepstream.pipeline.task import Outcome, Task
 __all__ = ["KafkaEngine"]
 
 _LOG = get_logger(__name__)
+
+_REPORT_EVERY_S = 0.2
+_PATIENCE_S = 0.5
+_FENCED_TWICE_S = 60.0
+_BEGIN = "state from {}"
+
+
+class KafkaEngine(Engine):
+    """Runs a task as one of the processes of a consumer group, exactly once.
+
+    Whatever happens to processes and brokers, every input record leads to its outputs once, for readers with
+    `read_committed`. Source and sink are `kafka`, on one cluster. A run ends when it is stopped; where it was
+    committed, the next one goes on. Raises EngineError if the log no longer holds what the state must be made from, or
+    if another process has the same `instance`.
+    """
+
+    class Options(base.Options):
+        """`max_batch`, `max_wait_ms`: one poll, and so one transaction. `snapshots`: a folder that all processes see;
+        without one a start replays the whole log. `snapshot_every_s`: for each partition. `instance`: this process's
+        name, the same after a restart and no other's (a StatefulSet's pod name), so that a start ends at once what the
+        one before had left open; else that takes up to `transaction_timeout_ms`. `session_timeout_ms`: after so long
+        without a sign of life others take over. `stop_within_s`: for last snapshots at a graceful stop.
+        `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state is made from.
+        """
+
+        max_batch: int = Field(4096, ge=1, le=1 << 20)
+        max_wait_ms: float = Field(20, ge=0, le=60_000)
+        snapshots: Path | None = None
+        snapshot_every_s: float = Field(30, ge=0)
+        instance: str | None = Field(None, pattern=r"^[a-zA-Z0-9._-]{1,200}$")
+        session_timeout_ms: int = Field(10_000, ge=1000)
+        transaction_timeout_ms: int = Field(15_000, ge=1000)
+        max_poll_interval_ms: int = Field(300_000, ge=1000)
+        stop_within_s: float = Field(10, ge=0)
+        from_partial_state: bool = False
+
+    def __init__(self, options: BaseModel) -> None:
+        if not isinstance(options, KafkaEngine.Options):
+            raise TypeError(f"expected KafkaEngine.Options, not {type(options).__name__}")
+        self.options = options
+
+    def run(
+        self,
+        task: Task,
+        source: Source,
+        sink: Sink,
+        state_dir: Path | None = None,
+        stop: threading.Event | None = None,
+        on_progress: Callable[[int, int | None], None] | None = None,
+    ) -> RunResult:
+        """See `Engine.run`; `state_dir` is not used: what is kept is on the cluster and in `snapshots`."""
+        published = getattr(sink, "watched", sink)
+        if not isinstance(source, KafkaSource) or not isinstance(published, KafkaSink):
+            raise EngineError("engine: kafka runs from a kafka source into a kafka sink; expected both to be kafka")
+        if source.options.servers != published.options.servers:
+            raise EngineError(
+                f"servers: the source is at {source.options.servers} and the sink at {published.options.servers}; "
+                "a transaction is within one cluster"
+            )
+        with contextlib.ExitStack() as stack:
+            stack.callback(source.close)
+            stack.callback(sink.close)
+            run = _Run(self.options, task, source, sink, published, stop or threading.Event(), on_progress)
+            stack.callback(run.close)
+            return run.run()
+
+
+class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Notes what the group does: its calls come from inside `poll`, which is no place for long work."""
+
+    def __init__(self) -> None:
+        self.assigned: set[int] = set()
+        self.changed = False
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        self.assigned -= {place.partition for place in revoked}
+        self.changed = True
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self.assigned |= {place.partition for place in assigned}
+        self.changed = True
+
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        self.on_partitions_revoked(lost)
+
+
+class _Run:
+    def __init__(
+        self,
+        options: KafkaEngine.Options,
+        task: Task,
+        source: KafkaSource,
+        sink: Sink,
+        published: KafkaSink,
+        stop: threading.Event,
+        on_progress: Callable[[int, int | None], None] | None,
+    ) -> None:
+        self.options, self.task, self.source, self.sink, self.published = options, task, source, sink, published
+        self.stop, self.on_progress = stop, on_progress
+        self.topic, self.connection = source.options.topic, source.options
+        self.group = source.options.group or task.metrics.pipeline
+        self.states = PartitionStates(task, self.topic, options.snapshots, options.snapshot_every_s)
+        self.rebalances = _Rebalances()
+        self.dead_letters = DeadLetterLog()
+        self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
+        self.consumer: KafkaConsumer = None
+        self.manifests: KafkaConsumer | None = None
+        self.producer: KafkaProducer | None = None
+        self.doubted, self.fenced = False, -_FENCED_TWICE_S
+        self.started, self.reported = time.monotonic(), 0.0
+        self.records_in = self.records_out = self.dead = self.replayed = self.commits = 0
+
+    # ---- start and end
+
+    def run(self) -> RunResult:
+        if not re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", self.group):
+            raise EngineError(
+                f"group: {self.group!r} cannot be part of a topic's name; give the source another `group`"
+            )
+        options = self.options
+        _LOG.info("starting", extra={"group": self.group, "topic": self.topic, "id": self.transactional_id})
+        self.consumer = kafka_client.consumer(
+            self.connection,
+            group_id=self.group,
+            session_timeout_ms=options.session_timeout_ms,
+            heartbeat_interval_ms=max(300, options.session_timeout_ms // 5),
+            max_poll_interval_ms=options.max_poll_interval_ms,
+            partition_assignment_strategy=[CooperativeStickyAssignor],
+            max_poll_records=options.max_batch,
+        )
+        self._check_topics()
+        self._new_producer()
+        self.consumer.subscribe([self.topic], listener=self.rebalances)
+        while not self.stop.is_set():
+            try:
+                self._turn()
+            except (errors.KafkaError, KafkaUnavailable) as error:
+                self._doubt(error)
+        self._leave()
+        return self._result()
+
+    def _check_topics(self) -> None:
+        needed = [
+            self.topic,
+            *self.published.topics(),
+            *([manifest_topic(self.group)] if self.options.snapshots else []),
+        ]
+        with reaching(self.connection):
+            there = self.consumer.topics()
+        if missing := sorted(set(needed) - set(there)):
+            raise EngineError(
+                f"there is no topic {', '.join(missing)} at {self.connection.servers}; "
+                "`stepstream topics FILE --create` makes what a pipeline needs"
+            )
+
+    def _leave(self) -> None:
+        """Last snapshots, so that whoever comes next has nothing to replay; then the others are told at once."""
+        deadline = time.monotonic() + self.options.stop_within_s
+        try:
+            while not self.doubted and time.monotonic() < deadline:
+                manifest = self.states.written_snapshot(wait_s=deadline - time.monotonic())
+                if manifest is not None:
+                    member = self.consumer.group_metadata()
+                    self._commit([], Outcome([], []), {manifest.partition: manifest.offset}, manifest, member)
+                elif not self.states.begin_snapshot(due=False):
+                    break
+        except errors.KafkaError as error:
+            _LOG.warning("the last snapshots were not committed", extra={"reason": repr(error)})
+        _LOG.info("stopped", extra={"records": self.records_in})
+
+    def close(self) -> None:
+        """Leaves the group and ends what is open."""
+        self.states.close()
+        for client in (self.producer, self.consumer, self.manifests):
+            if client is not None:
+                with contextlib.suppress(Exception):  # a cluster that is down is no reason not to end
+                    client.close(**({"timeout": 5} if client is self.producer else {"autocommit": False}))
+
+    def _new_producer(self) -> None:
+        """A producer under our id: ends what the one before it had left open, and shuts it out."""
+        producer = kafka_client.producer(
+            self.connection,
+            self.published.options.compression,
+            transactional_id=self.transactional_id,
+            transaction_timeout_ms=self.options.transaction_timeout_ms,
+            delivery_timeout_ms=max(30_000, self.options.transaction_timeout_ms),
+            linger_ms=0,
+        )
+        try:
+            with reaching(self.connection):
+                producer.init_transactions()
+        except BaseException:
+            producer.close(timeout=0)
+            raise
+        self.producer = producer
+        self.published.use(producer)
+
+    # ---- one turn
+
+    def _turn(self) -> None:
+        """Polls once and does all that follows from it."""
+        if self.doubted:
+            if self.producer is None:
+                self._new_producer()
+            self._settle()
+            self.doubted = False
+        polled = self.consumer.poll(timeout_ms=round(self.options.max_wait_ms), max_records=self.options.max_batch)
+        # Read before the rebalances are looked at: if none came, the poll's records belong to this generation.
+        member = self.consumer.group_metadata()
+        if self.rebalances.changed:
+            self._rebalance()
+            return
+        reader, held = self.source.reader, self.states.held
+        ahead = {place.partition: messages[-1].offset + 1 for place, messages in polled.items() if messages}
+        records = self.states.admit(reader.records(polled))
+        old = [r for r in records if r.origin.offset < held[r.origin.partition].committed]
+        live = [r for r in records if r.origin.offset >= held[r.origin.partition].committed] if old else records
+        if old:
+            self._replay(old)
+        outcome = self.task.process(live)
+        for partition, offset in ahead.items():
+            held[partition].offset = offset
+        moved = {p: o for p, o in ahead.items() if o > held[p].committed}
+        manifest = self.states.written_snapshot()
+        if moved or manifest is not None:
+            offsets = moved if manifest is None else {manifest.partition: held[manifest.partition].committed, **moved}
+            self._commit(live, outcome, offsets, manifest, member)
+        self.states.begin_snapshot()
+        self._report()
+
+    def _replay(self, records: list[Record]) -> None:
+        self.task.replaying = True
+        try:
+            self.task.process(records)
+        finally:
+            self.task.replaying = False
+        self.replayed += len(records)
+
+    def _commit(
+        self,
+        live: Sequence[Record],
+        outcome: Outcome,
+        offsets: Mapping[int, int],
+        manifest: Manifest | None,
+        member: Any,
+    ) -> None:
+        """One transaction: outputs, dead letters, the next offsets, and a manifest if there is one."""
+        began, producer, held = time.monotonic(), self.producer, self.states.held
+        assert producer is not None
+        producer.begin_transaction()
+        self.sink.write(outcome.outputs, outcome.dead)
+        if manifest is not None:
+            message, partition = manifest_message(manifest, manifest_topic(self.group))
+            producer.send(message.topic, message.value, message.key, message.headers, partition, message.timestamp_ms)
+        producer.send_offsets_to_transaction(
+            {
+                TopicPartition(self.topic, p): OffsetAndMetadata(offset, _BEGIN.format(held[p].begin), -1)
+                for p, offset in offsets.items()
+            },
+            member,
+        )
+        producer.commit_transaction()
+        for partition, offset in offsets.items():
+            held[partition].committed = offset
+        if manifest is not None:
+            self.states.committed_manifest(manifest)
+        self.commits += 1
+        self.records_in += len(live)
+        self.records_out += len(outcome.outputs)
+        self.dead += len(outcome.dead)
+        self.dead_letters.see(outcome.dead)
+        self.task.metrics.observe_commit(time.monotonic() - began)
+        if live:
+            self.task.metrics.set_event_time(live[-1].time_ns)
+
+    # ---- what else can happen
+
+    def _rebalance(self) -> None:
+        self.rebalances.changed = False
+        assigned = set(self.rebalances.assigned)
+        for partition in set(self.states.held) - assigned:
+            self.states.drop(partition)
+            self.source.reader.forget(partition)
+        self.task.metrics.operator_event("engine", "rebalanced")
+        _LOG.info("partitions", extra={"assigned": sorted(assigned)})
+        self.doubted = True
+
+    def _doubt(self, error: Exception) -> None:
+        """A transaction or a request failed: what is committed must be read again before anything else is done."""
+        if self.producer is not None:
+            self.task.metrics.operator_event("engine", "aborted")
+        _LOG.warning("what is committed is read again", extra={"reason": repr(error)})
+        if isinstance(error, errors.ProducerFencedError):
+            now = time.monotonic()
+            if self.options.instance is not None and now - self.fenced < _FENCED_TWICE_S:
+                raise EngineError(
+                    f"instance: another process is {self.options.instance!r} in the group {self.group!r}; "
+                    "each needs a name of its own"
+                ) from error
+            self.fenced = now
+        self.doubted = True
+        producer, self.producer = self.producer, None
+        if producer is not None:
+            try:
+                producer.abort_transaction()
+                self.producer = producer
+            except Exception:  # noqa: BLE001 whatever it is: a new producer under the same id ends what was open
+                with contextlib.suppress(Exception):
+                    producer.close(timeout=0)
+        if self.producer is None:
+            self.stop.wait(_PATIENCE_S)
+
+    def _settle(self) -> None:
+        """Brings the state of each partition that is ours to Kafka's committed offset, or to where it can be replayed
+        up to it; and the consumer to behind the state.
+        """
+        reader, states = self.source.reader, self.states
+        places = {p: TopicPartition(self.topic, p) for p in sorted(self.rebalances.assigned)}
+        if not places:
+            return
+        firsts = self.consumer.beginning_offsets(list(places.values()))
+        known = {p: self.consumer.committed(place, metadata=True) for p, place in places.items()}
+        moved = []
+        for partition, place in places.items():
+            at = firsts[place] if known[partition] is None else known[partition].offset
+            held = states.held.get(partition)
+            if held is not None and held.offset == at:
+                held.committed = at
+            else:
+                moved.append(partition)
+        manifests = self._manifests(moved)
+        for partition in moved:
+            known_at, first = known[partition], firsts[places[partition]]
+            begin = first if known_at is None else _begin(known_at.metadata, first, known_at.offset)
+            committed = first if known_at is None else known_at.offset
+            held = states.restore(partition, begin, committed, manifests.get(partition, []))
+            if held.offset < first:
+                self._lost(partition, held.offset, first)
+                held.begin = held.offset = min(first, committed)
+            self.task.metrics.operator_event("engine", "restored")
+            about = {"partition": partition, "from": held.offset, "committed": committed}
+            _LOG.info("restored", extra=about)
+        for partition, place in places.items():
+            start = reader.begin(partition, states.held[partition].offset)
+            self.consumer.seek(place, max(firsts[place], start))
+
+    def _manifests(self, partitions: Sequence[int]) -> Mapping[int, list[Manifest]]:
+        if self.options.snapshots is None or not partitions:
+            return {}
+        if self.manifests is None:
+            self.manifests = kafka_client.consumer(self.connection)
+        timeout_s = self.options.transaction_timeout_ms / 1000
+        return read_manifests(self.manifests, manifest_topic(self.group), self.topic, partitions, timeout_s)
+
+    def _lost(self, partition: int, wanted: int, first: int) -> None:
+        what = (
+            f"the state of {self.topic}/{partition} must be made from offset {wanted} on, and the log begins at "
+            f"{first}: its retention is shorter than the age of the newest good snapshot"
+        )
+        if not self.options.from_partial_state:
+            raise EngineError(f"{what}. from_partial_state: true goes on with what is left")
+        _LOG.error("going on from a partial state", extra={"reason": what})
+
+    # ---- what is told
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now - self.reported < _REPORT_EVERY_S:
+            return
+        self.reported = now
+        lag = 0
+        for partition, held in self.states.held.items():
+            lag += max(0, (self.consumer.highwater(TopicPartition(self.topic, partition)) or 0) - held.offset)
+        self.task.metrics.set_lag(lag)
+        if self.on_progress is not None:
+            self.on_progress(self.records_in + self.replayed, None)
+
+    def _result(self) -> RunResult:
+        totals = self.task.metrics.totals()
+        return RunResult(
+            ended=False,
+            already_complete=False,
+            records_in=self.records_in,
+            records_out=self.records_out,
+            dead_letters=self.dead,
+            replayed=self.replayed,
+            commits=self.commits,
+            snapshots=self.states.written,
+            wall_s=time.monotonic() - self.started,
+            offsets={self.states.place(p): held.offset for p, held in self.states.held.items()},
+            committed={self.states.place(p): held.committed for p, held in self.states.held.items()},
+            totals=totals,
+            records_committed=totals["records_in"],
+        )
+
+
+def _begin(metadata: str | None, first: int, committed: int) -> int:
+    """Where the state of a partition begins, as it was noted with its committed offset; the log's beginning, if a
+    person has set the offset by hand.
+    """
+    match = re.fullmatch(_BEGIN.format(r"(\d{1,18})"), metadata or "")
+    return min(first if match is None else int(match[1]), committed)

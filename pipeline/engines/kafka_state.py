@@ -25,11 +25,13 @@ _ALARM_EVERY_S = 60.0
 
 @dataclass
 class Held:
-    """One partition: the state stands at `offset` (all before it was processed), and `committed` is Kafka's offset.
+    """One partition: its state is a function of the records from `begin` to `offset`; `committed` is Kafka's offset.
 
-    While `offset` < `committed` the log is replayed: outputs of it are published already.
+    While `offset` < `committed` the log is replayed: outputs of it are published already. `begin` is 0 or where the
+    log began when the group first came to it.
     """
 
+    begin: int
     offset: int
     committed: int
     manifests: list[Manifest] = field(default_factory=list)
@@ -82,12 +84,12 @@ class PartitionStates:
         if self._writing is not None and self._writing[0] == partition:
             self._writing = None  # what it writes is named by nobody
 
-    def restore(self, partition: int, committed: int, manifests: list[Manifest], fresh: int) -> Held:
-        """Takes a partition over: from its newest good snapshot at or below `committed`, else from offset `fresh`."""
+    def restore(self, partition: int, begin: int, committed: int, manifests: list[Manifest]) -> Held:
+        """Takes a partition over: from its newest good snapshot at or below `committed`, else from `begin`."""
         self.drop(partition)
-        held = Held(fresh, committed, manifests, time.monotonic() + self._every_s)
+        held = Held(begin, begin, committed, manifests, time.monotonic() + self._every_s)
         for manifest in manifests:
-            if fresh <= manifest.offset <= committed and self._load(manifest):
+            if begin <= manifest.offset <= committed and self._load(manifest):
                 held.offset = manifest.offset
                 break
         self.held[partition] = held
