@@ -13,7 +13,7 @@ from stepstream.models.base import Tree
 from stepstream.models.continual.attention import ContinualAttention, Positions
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.cache import Precision
-from stepstream.models.continual.fused import as_arrays, call_kernel, or_empty, plain, usable
+from stepstream.models.continual.fused import Prepared, as_arrays, call_kernel, or_empty, parameters_of, usable
 
 __all__ = ["Activation", "Encoder", "EncoderLayer"]
 
@@ -68,6 +68,7 @@ class EncoderLayer(Layer):
         self.activation: Activation = activation
         self.norm_first, self.dropout = norm_first, nn.Dropout(dropout)
         self.receptive_field = memory
+        self._prepared = Prepared()
 
     def before(self, x: Tensor) -> Tensor:
         """What the attention is given: [..., width] -> the same."""
@@ -108,42 +109,54 @@ class EncoderLayer(Layer):
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
-        if x.shape[0] <= FEW and self._plain(x) and self.self_attn.fusible(x, state):
-            return self._fused(x, state, rows, due, present), due
+        weights = self._weights(x)
+        if weights is not None and self.self_attn.fusible(x, state):
+            return self._fused(x, state, rows, due, present, weights), due
         attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
         return self.finish(x, attended), due
 
     def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
         """`finish`, after the attention's last projection: one step of a few rows, [B, width], in one kernel."""
         attention = self.self_attn
-        if (
-            x.shape[0] > FEW
-            or not self._plain(x)
-            or not usable(x, attention.in_proj_weight, attended, dropout=self.training and self.dropout.p > 0)
-        ):
+        weights = self._weights(x)
+        dropout = self.training and self.dropout.p > 0
+        if weights is None or not usable(x, attention.in_proj_weight, attended, dropout=dropout):
             return self.finish(x, attention.out_proj(attended))
-        y = torch.empty_like(attended)
-        call_kernel("finish_step", *as_arrays(x.contiguous(), attended), *self._weights(), *as_arrays(y))
+        y = torch.empty(x.shape)
+        call_kernel("finish_step", *as_arrays(x.contiguous(), attended), *weights, *as_arrays(y))
         return y
 
-    def _parts(self) -> tuple[Any, ...]:
-        return self.self_attn.out_proj, self.norm1, self.norm2, self.linear1, self.linear2
-
-    def _plain(self, x: Tensor) -> bool:
-        return x.shape[1:] == self.norm1.weight.shape and plain(*self._parts())
-
-    def _weights(self) -> tuple[Any, ...]:
-        """What the kernels want of a layer's weights and options, in their order."""
-        parts = self._parts()
-        return (
-            as_arrays(*(part.weight for part in parts)),
-            tuple(or_empty(part.bias, np.float32) for part in parts),
-            self.norm1.eps,
-            self.norm_first,
-            self.activation == "gelu",
+    def _weights(self, x: Tensor) -> tuple[Any, ...] | None:
+        """What the kernels want of a layer's weights and options, in their order; None if `x` is not for a kernel."""
+        if torch.compiler.is_compiling() or x.shape[0] > FEW:
+            return None
+        modules: dict[str, Any] = self._modules
+        parts = (modules["self_attn"].out_proj, *(modules[n] for n in ("norm1", "norm2", "linear1", "linear2")))
+        parameters = parameters_of(parts)
+        if (
+            parameters is None
+            or any(weight is None for weight in parameters[::2])
+            or x.shape[1:] != self.norm1.weight.shape
+        ):
+            return None
+        arrays = self._prepared.get(
+            parameters,
+            lambda: (
+                tuple(or_empty(weight, np.float32) for weight in parameters[::2]),
+                tuple(or_empty(bias, np.float32) for bias in parameters[1::2]),
+            ),
         )
+        return *arrays, self.norm1.eps, self.norm_first, self.activation == "gelu"
 
-    def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
+    def _fused(
+        self,
+        x: Tensor,
+        state: Tree,
+        rows: Tensor | None,
+        due: Tensor | None,
+        present: Tensor | None,
+        weights: tuple[Any, ...],
+    ) -> Tensor:
         """`advance` in one kernel; for a few rows, as it reads all weights for each."""
         attention = self.self_attn
         y = torch.empty(x.shape)
@@ -154,7 +167,7 @@ class EncoderLayer(Layer):
             or_empty(None if attention.rotary is None else attention.rotary.frequencies(), np.float64),
             *as_arrays(attention.in_proj_weight),
             or_empty(attention.in_proj_bias, np.float32),
-            *self._weights(),
+            *weights,
             *as_arrays(y),
         )
         return y

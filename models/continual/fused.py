@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["as_arrays", "call_kernel", "or_empty", "plain", "usable"]
+__all__ = ["Prepared", "as_arrays", "call_kernel", "or_empty", "parameters_of", "usable"]
 
 MANY = 1 << 20
 """Numbers in a ring from which torch's threads, where there are several, are worth more than a kernel's single one."""
@@ -55,12 +56,45 @@ def usable(x: Tensor, weight: Tensor, data: Tensor, *, dropout: bool) -> bool:
     )
 
 
-def plain(*modules: nn.Module) -> bool:
-    """Whether these are torch's own layers with nothing hung on them that a kernel would not call."""
-    return all(
-        type(m) in (nn.Linear, nn.LayerNorm) and not (m._forward_hooks or m._forward_pre_hooks)  # noqa: SLF001 - nothing public tells
-        for m in modules
-    )
+class Prepared:
+    """Arrays of a module's parameters, made again when one of them has moved; a copy of the module begins without.
+
+    A cache of nothing but views: threads that make it at once make the same.
+    """
+
+    def __init__(self) -> None:
+        self._at: tuple[int, ...] = ()
+        self._arrays: tuple[Any, ...] = ()
+
+    def get(self, parameters: Sequence[Tensor | None], make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `make` made of these parameters."""
+        at = tuple([0 if p is None else p.data_ptr() for p in parameters])
+        if at != self._at:
+            self._at, self._arrays = (), make()
+            self._at = at
+        return self._arrays
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Prepared:
+        return Prepared()
+
+    def __reduce__(self) -> tuple[type[Prepared], tuple[()]]:
+        return Prepared, ()
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor | None] | None:
+    """Weight, bias, weight, bias, ... of torch's own layers; None if one of them is something else, or has a hook hung
+    on it, that a kernel would not call.
+
+    From their dicts: the way through `nn.Module.__getattr__` costs a microsecond for each.
+    """
+    found: list[Tensor | None] = []
+    for module in modules:
+        if type(module) not in (nn.Linear, nn.LayerNorm) or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
+            return None
+        held = module._parameters  # noqa: SLF001
+        found.append(held["weight"])
+        found.append(held["bias"])
+    return found
 
 
 def as_arrays(*tensors: Tensor) -> tuple[NDArray[Any], ...]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from stepstream.models.continual.attention import ContinualAttention, attend
 from stepstream.models.continual.encoder import EncoderLayer
+from stepstream.models.continual.fused import as_arrays, call_kernel
 from stepstream.models.continual.two_block_encoder import TwoBlockEncoder
 
 WIDTH, HEADS, FEEDFORWARD = 256, 8, 1024
@@ -43,6 +44,7 @@ def layer_step(window: int, batch: int) -> dict[str, Any]:
     """One encoder layer."""
     ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
     state, theirs = ours.initial_state(batch), torchs(1)
+    state["clock"].fill_(window)  # a full ring: a step reads no more than has been written
     reference = SingleOutputTransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window).eval()
     x, past = torch.randn(batch, WIDTH), torch.randn(batch, window, WIDTH)
     reference.forward_steps(past.transpose(1, 2))
@@ -59,6 +61,7 @@ def two_blocks(window: int) -> dict[str, Any]:
     """The exact two-block encoder."""
     ours = TwoBlockEncoder(WIDTH, HEADS, window, feedforward=FEEDFORWARD).eval()
     state, theirs = ours.initial_state(1), torchs(2)
+    state["clock"].fill_(window)
     factory = TransformerEncoderLayerFactory(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window)
     reference = TransformerEncoder(factory, num_layers=2).eval()
     x, past = torch.randn(1, WIDTH), torch.randn(1, window, WIDTH)
@@ -78,15 +81,28 @@ def memory_bandwidth() -> float:
 
 
 def query(window: int, batch: int, bandwidth: float) -> dict[str, Any]:
-    """Single-query attention against the memory's bandwidth, and against a pass over keys and values where they lie."""
-    q = torch.randn(batch, HEADS, 1, WIDTH // HEADS)
-    cache = torch.randn(batch, 2 * HEADS, window, WIDTH // HEADS)
-    k, v = cache.chunk(2, dim=1)
-    seen = torch.ones(batch, 1, 1, window, dtype=torch.bool)
-    seconds = cpu_seconds({"step": lambda: attend(q, k, v, seen), "reading once": lambda: cache.sum()}, 60)
-    size = cache.numel() * 4
+    """Single-query attention against the memory's bandwidth, and against a pass over keys and values where they lie.
+
+    The fused kernel, with the writing of the step's own key and value, and torch's own kernel beside it.
+    """
+    layer = ContinualAttention(WIDTH, HEADS, window)
+    state = layer.initial_state(batch)
+    state["clock"].fill_(window)
+    ring = state["keys_values"]["data"].normal_()
+    qkv, out = torch.randn(batch, 3 * HEADS, WIDTH // HEADS), torch.empty(batch, WIDTH)
+    arguments = (*as_arrays(qkv), *layer.fused_state(batch, state, None, None, None), *as_arrays(out))
+    q, seen = qkv[:, :HEADS, None].contiguous(), torch.ones(batch, 1, 1, window, dtype=torch.bool)
+    k, v = ring.chunk(2, dim=1)
+    alternatives = {
+        "step": lambda: call_kernel("attention_step", *arguments),
+        "torch's kernel": lambda: attend(q, k, v, seen),
+        "reading once": lambda: ring.sum(),
+    }
+    seconds = cpu_seconds(alternatives, 60)
+    size = ring.numel() * 4
     return {
         "attention_us": round(1e6 * seconds["step"], 1),
+        "torch_us": round(1e6 * seconds["torch's kernel"], 1),
         "times_memory_bandwidth": round(seconds["step"] * bandwidth / size, 2),
         "times_reading_where_they_lie": round(seconds["step"] / seconds["reading once"], 2),
     }
