@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from kafka import ConsumerRecord, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.consumer.fetcher import ConsumerRecord
 from pydantic import Field
 
 from stepstream.connectors import base, kafka_client
@@ -110,14 +111,10 @@ class KafkaSource(base.Source):
 
     def _reading(self) -> KafkaConsumer:
         if self._consumer is None:
+            kafka_client.require_topics(self.options, [self.options.topic])
             self._consumer = kafka_client.consumer(self.options)
             with reaching(self.options):
                 numbers = self._consumer.partitions_for_topic(self.options.topic)
-                if not numbers:
-                    raise InputError(
-                        f"topic: there is no {self.options.topic!r} at {self.options.servers}; "
-                        "`stepstream topics FILE --create` makes what a pipeline needs"
-                    )
                 self._consumer.assign([TopicPartition(self.options.topic, number) for number in sorted(numbers)])
         return self._consumer
 
@@ -166,7 +163,8 @@ class KafkaSink(base.Sink):
     class Options(Connection):
         """`topic`: for outputs; `topics`: for some kinds of them ({score: scores}). `dead_letters`: default the topic's
         name with ".dead". `compression`: of batches, by the client. `compress`: zstd for each value before that, which
-        a broker's limit on sizes sees. A value above `chunk_bytes` is cut into chunks.
+        a broker's limit on sizes sees. A value above `chunk_bytes` is cut into chunks. `timestamps`: of messages; see
+        `kafka_messages`.
         """
 
         topic: str = Field(min_length=1, pattern=r"^[a-zA-Z0-9._-]{1,244}$")
@@ -175,6 +173,7 @@ class KafkaSink(base.Sink):
         compression: Compression = "none"
         compress: bool = False
         chunk_bytes: int = Field(900_000, ge=1, le=1 << 30)
+        timestamps: Literal["publish", "event"] = "publish"
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -195,7 +194,14 @@ class KafkaSink(base.Sink):
         options, messages = self.options, []
         for record in records:
             topic = options.topics.get(kind_of(type(record.value)), options.topic)
-            messages += split(output_message(record, topic, self.pipeline, options.compress), options.chunk_bytes)
+            message = output_message(
+                record,
+                topic,
+                self.pipeline,
+                compress=options.compress,
+                event_timestamp=options.timestamps == "event",
+            )
+            messages += split(message, options.chunk_bytes)
         for letter in dead:
             messages += split(dead_letter_message(letter, self.dead_letter_topic, self.pipeline), options.chunk_bytes)
         return messages
@@ -205,6 +211,7 @@ class KafkaSink(base.Sink):
         self._producer, self._owned = producer, False
 
     def open(self, position: dict[str, Any] | None) -> None:
+        kafka_client.require_topics(self.options, self.topics())
         self._owned = True
         self._producer = kafka_client.producer(self.options, self.options.compression)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,17 @@ from pydantic import Field, SecretStr, model_validator
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError
 
-__all__ = ["Compression", "Connection", "KafkaUnavailable", "Security", "admin", "consumer", "producer", "reaching"]
+__all__ = [
+    "Compression",
+    "Connection",
+    "KafkaUnavailable",
+    "Security",
+    "admin",
+    "consumer",
+    "producer",
+    "reaching",
+    "require_topics",
+]
 
 Compression = Literal["none", "gzip", "snappy", "lz4", "zstd"]
 
@@ -98,7 +108,6 @@ class Connection(base.Options):
             "client_id": "stepstream",
             "retry_backoff_ms": RETRY_BACKOFF_MS,
             "reconnect_backoff_max_ms": 1000,
-            "metrics_enabled": False,
             **self.security.configs(),
         }
 
@@ -108,7 +117,7 @@ def reaching(connection: Connection) -> Iterator[None]:
     """Turns what the client raises about the cluster as a whole into one line that names it."""
     try:
         yield
-    except (errors.SaslAuthenticationFailedError, errors.AuthenticationFailedError) as error:
+    except errors.SaslAuthenticationFailedError as error:
         raise KafkaUnavailable(f"Kafka at {connection.servers} refuses the credentials: {_reason(error)}") from error
     except errors.AuthorizationError as error:
         raise KafkaUnavailable(f"Kafka at {connection.servers} does not allow it: {_reason(error)}") from error
@@ -127,6 +136,7 @@ def consumer(connection: Connection, **configs: Any) -> kafka.KafkaConsumer:
         return kafka.KafkaConsumer(
             **connection.configs(),
             **{
+                "metrics_enabled": False,
                 "isolation_level": "read_committed",
                 "enable_auto_commit": False,
                 "auto_offset_reset": "earliest",
@@ -147,6 +157,7 @@ def producer(connection: Connection, compression: Compression = "none", **config
         return kafka.KafkaProducer(
             **connection.configs(),
             **{
+                "metrics_enabled": False,
                 "acks": "all",
                 "enable_idempotence": True,
                 "compression_type": None if compression == "none" else compression,
@@ -160,3 +171,18 @@ def admin(connection: Connection) -> kafka.KafkaAdminClient:
     """A client for topics and groups."""
     with reaching(connection):
         return kafka.KafkaAdminClient(**connection.configs())
+
+
+def require_topics(connection: Connection, topics: Iterable[str]) -> None:
+    """InputError that names the topics that are not there."""
+    client = admin(connection)
+    try:
+        with reaching(connection):
+            missing = sorted(set(topics) - set(client.list_topics()))
+    finally:
+        client.close()
+    if missing:
+        raise InputError(
+            f"there is no topic {', '.join(missing)} at {connection.servers}; "
+            "`stepstream topics FILE --create` makes what a pipeline needs"
+        )

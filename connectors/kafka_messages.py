@@ -1,13 +1,13 @@
 """Records as Kafka messages and back: what stands in key, headers, timestamp and value.
 
-key: the record's key, UTF-8. value: the payload's body. timestamp: the event time in milliseconds, Kafka's resolution.
-Headers, all of them text:
+key: the record's key, UTF-8. value: the payload's body. timestamp: when it was published, or the event time if asked
+for; a broker deletes by it, so that of a recording, years old, nothing would stay. Headers, all of them text:
 
 | header | |
 |---|---|
 | `content-type` | of the value; without it the value is a JSON record, in the whole or the short form |
 | `content-encoding` | `zstd` if the value is compressed, with its size before that in `content-length` |
-| `event-time-ns` | the event time in full, nanoseconds since the Unix epoch |
+| `event-time-ns` | the event time, nanoseconds since the Unix epoch |
 | `pipeline`, `origin`, `path` | which pipeline made it, from which input record (topic/partition/offset), and lineage |
 | `model`, `weights` | what made it: registered name and sha256 |
 | `operator`, `reason` | of a dead letter: who could not use it, and why |
@@ -42,7 +42,8 @@ class Message:
     key: bytes
     value: bytes
     headers: list[tuple[str, bytes]]
-    timestamp_ms: int
+    timestamp_ms: int | None
+    """None: when it is sent."""
 
 
 def headers_of(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
@@ -50,7 +51,9 @@ def headers_of(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
     return {name: value.decode("utf-8", "replace") for name, value in headers if value is not None}
 
 
-def output_message(record: Record, topic: str, pipeline: str, compress: bool = False) -> Message:
+def output_message(
+    record: Record, topic: str, pipeline: str, *, compress: bool = False, event_timestamp: bool = False
+) -> Message:
     """The message of an output. Raises InputError for a payload without a codec."""
     encoded = encode(record.value)
     body, how = encoded.body, []
@@ -60,7 +63,8 @@ def output_message(record: Record, topic: str, pipeline: str, compress: bool = F
     headers = [("content-type", encoded.content_type.encode()), *how, *_about(record, pipeline)]
     made_by = ((name, getattr(record.value, name, None)) for name in ("model", "weights"))
     headers += [(name, str(value).encode()) for name, value in made_by if value]
-    return Message(topic, record.key.encode(), body, headers, record.time_ns // 1_000_000)
+    timestamp_ms = max(0, record.time_ns // 1_000_000) if event_timestamp else None
+    return Message(topic, record.key.encode(), body, headers, timestamp_ms)
 
 
 def dead_letter_message(letter: DeadLetter, topic: str, pipeline: str) -> Message:
@@ -77,7 +81,7 @@ def dead_letter_message(letter: DeadLetter, topic: str, pipeline: str) -> Messag
         else:
             body = encoded.body
             headers.append(("content-type", encoded.content_type.encode()))
-    return Message(topic, record.key.encode(), body, headers, max(0, record.time_ns // 1_000_000))
+    return Message(topic, record.key.encode(), body, headers, None)
 
 
 def _about(record: Record, pipeline: str) -> list[tuple[str, bytes]]:

@@ -57,7 +57,8 @@ class Operator(ABC):
     records in order, whatever records of other keys lie between them and however the stream is cut into calls.
 
     `consumes` names the payload types that `process` is given; every other record passes by unchanged. A consumed
-    record goes on downstream exactly if a later operator consumes its type, so operators never re-emit their input.
+    record goes on downstream exactly if a later operator consumes its type and this one does not emit it: what an
+    operator emits of a type that it consumes stands in the place of what it was given.
     Records of one call are in cause order (origin, then path), and so must the outputs of one cause be.
     """
 

@@ -14,7 +14,7 @@ __all__ = ["Null"]
 class Null(Operator):
     """Sends each reading and frame on, unchanged, as a record it caused. Keeps no state.
 
-    For measuring the runtime. In front of an operator that consumes the same type it doubles every record.
+    For measuring the runtime.
     """
 
     consumes: ClassVar[tuple[type, ...]] = (Reading, SensorFrame)

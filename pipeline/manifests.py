@@ -53,9 +53,7 @@ def manifest_message(manifest: Manifest, topic: str) -> tuple[Message, int]:
     """(the message, its partition)."""
     key = f"{manifest.topic}/{manifest.partition}/{manifest.number % 2}".encode()
     body = manifest.model_dump_json().encode()
-    return Message(topic, key, body, [("content-type", b"application/json")], time.time_ns() // 1_000_000), (
-        manifest.partition
-    )
+    return Message(topic, key, body, [("content-type", b"application/json")], None), manifest.partition
 
 
 def read_manifests(

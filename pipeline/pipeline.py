@@ -336,14 +336,19 @@ def _source_types(stage: Stage) -> tuple[type, ...] | None:
 
 def _flow(emits: tuple[type, ...] | None, operators: Sequence[type[Any]]) -> list[list[str]]:
     """The record types behind the source and behind each operator, by the rule of `Task`: what is in its `consumes`
-    goes on only if a later operator consumes it too. A source that does not say gives "any".
+    goes on only if a later operator consumes it too and it does not emit it itself. "any": a source that does not say.
     """
     kinds = list(emits or ())
     said = emits is not None
     result = [[kind.__name__ for kind in kinds] if said else ["any"]]
     for index, operator in enumerate(operators):
         later = tuple(kind for other in operators[index + 1 :] for kind in other.consumes)
-        kinds = [kind for kind in kinds if not issubclass(kind, tuple(operator.consumes)) or issubclass(kind, later)]
+        taken = tuple(operator.consumes)
+        kinds = [
+            kind
+            for kind in kinds
+            if not issubclass(kind, taken) or (issubclass(kind, later) and not issubclass(kind, tuple(operator.emits)))
+        ]
         kinds = list(dict.fromkeys([*kinds, *operator.emits]))
         result.append([kind.__name__ for kind in kinds])
     return result

@@ -131,8 +131,9 @@ def _kafka(to: str, options: Mapping[str, Any]) -> Iterator[tuple[_Write, str]]:
 
     from stepstream.connectors.kafka import KafkaSink
 
+    topic = to.removeprefix("kafka:")
     try:
-        sink = KafkaSink(KafkaSink.Options.model_validate({**options, "topic": to.removeprefix("kafka:")}))
+        sink = KafkaSink(KafkaSink.Options.model_validate({"dead_letters": topic, **options, "topic": topic}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

@@ -1,7 +1,8 @@
 """The task: a chain of operators with its state, from records in to records out. The heart of every engine.
 
 The stream. Operator s is given the records whose payload type is in its `consumes`; all others pass it by. A consumed
-record goes on behind the operator exactly if a later one consumes its type. What is left behind the last operator is
+record goes on behind the operator exactly if a later one consumes its type, and the operator does not emit that type
+itself: one that turns frames into frames stands for what it was given. What is left behind the last operator is
 output. An input record whose type no operator consumes is a dead letter; without any operator, input is output.
 
 Order. Behind every operator the stream stands in the order (arrival of the origin, path): frame(t), the forecast(t) it
@@ -134,6 +135,7 @@ class _Stage:
         self.operator = operator
         self.context = _StageContext(task)
         self.consumes = tuple(operator.consumes)
+        self.emits = tuple(operator.emits)
 
     def takes(self, kind: type) -> bool:
         return issubclass(kind, self.consumes)
@@ -157,7 +159,7 @@ class Task:
             if not name or name == "source" or names.count(name) > 1:
                 raise ValueError(f"operator name {name!r} is empty, reserved or taken twice; the names are {names}")
         self._stages = [_Stage(self, index, name, operator) for index, (name, operator) in enumerate(operators)]
-        # By payload type: for each stage, whether it takes the type and whether a later one does.
+        # By payload type: for each stage, whether it takes it, and whether it lets it pass to a later one that does.
         self._routes: dict[type, tuple[tuple[bool, bool], ...]] = {}
         # Without payload: an end of input right after a restore must show operators what it would have shown before.
         self._last: dict[str, Record] = {}
@@ -261,7 +263,10 @@ class Task:
         route = self._routes.get(kind)
         if route is None:
             takes = [stage.takes(kind) for stage in self._stages]
-            route = tuple((take, any(takes[index + 1 :])) for index, take in enumerate(takes))
+            route = tuple(
+                (take, any(takes[index + 1 :]) and not (take and issubclass(kind, self._stages[index].emits)))
+                for index, take in enumerate(takes)
+            )
             self._routes[kind] = route
         return route
 

@@ -74,7 +74,7 @@ class KafkaEngine(Engine):
         `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state is made from.
         """
 
-        max_batch: int = Field(4096, ge=1, le=1 << 20)
+        max_batch: int = Field(512, ge=1, le=1 << 20)
         max_wait_ms: float = Field(20, ge=0, le=60_000)
         snapshots: Path | None = None
         snapshot_every_s: float = Field(30, ge=0)
@@ -169,6 +169,8 @@ class _Run:
                 f"group: {self.group!r} cannot be part of a topic's name; give the source another `group`"
             )
         options = self.options
+        manifests = [manifest_topic(self.group)] if options.snapshots else []
+        kafka_client.require_topics(self.connection, [self.topic, *self.published.topics(), *manifests])
         _LOG.info("starting", extra={"group": self.group, "topic": self.topic, "id": self.transactional_id})
         self.consumer = kafka_client.consumer(
             self.connection,
@@ -179,7 +181,6 @@ class _Run:
             partition_assignment_strategy=[CooperativeStickyAssignor],
             max_poll_records=options.max_batch,
         )
-        self._check_topics()
         self._new_producer()
         self.consumer.subscribe([self.topic], listener=self.rebalances)
         while not self.stop.is_set():
@@ -189,20 +190,6 @@ class _Run:
                 self._doubt(error)
         self._leave()
         return self._result()
-
-    def _check_topics(self) -> None:
-        needed = [
-            self.topic,
-            *self.published.topics(),
-            *([manifest_topic(self.group)] if self.options.snapshots else []),
-        ]
-        with reaching(self.connection):
-            there = self.consumer.topics()
-        if missing := sorted(set(needed) - set(there)):
-            raise EngineError(
-                f"there is no topic {', '.join(missing)} at {self.connection.servers}; "
-                "`stepstream topics FILE --create` makes what a pipeline needs"
-            )
 
     def _leave(self) -> None:
         """Last snapshots, so that whoever comes next has nothing to replay; then the others are told at once."""

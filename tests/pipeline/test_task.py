@@ -167,6 +167,27 @@ def test_a_consumed_record_goes_on_exactly_if_a_later_operator_consumes_its_type
     ]
 
 
+def test_what_an_operator_emits_of_a_type_that_it_consumes_stands_in_the_place_of_what_it_was_given() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Double(Operator):
+        consumes: ClassVar[tuple[type, ...]] = (Reading,)
+        emits: ClassVar[tuple[type, ...]] = (Reading,)
+
+        def process(self, records: Sequence[Record], context: Context) -> list[Record]:
+            return [r.derive(0, Reading(r.value.sensor, 2 * r.value.value)) for r in records]
+
+    class Last(Operator):
+        consumes: ClassVar[tuple[type, ...]] = (Reading,)
+
+        def process(self, records: Sequence[Record], context: Context) -> list[Record]:
+            seen.extend((r.origin.offset, int(r.value.value)) for r in records)
+            return []
+
+    task([("double", Double()), ("last", Last())]).process([reading(n, n) for n in range(3)])
+    assert seen == [(0, 0), (1, 2), (2, 4)]
+
+
 def test_silent_replay_makes_state_and_nothing_else() -> None:
     records = readings(90, 3)
     t = task()
