@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,22 +114,49 @@ class Connection(base.Options):
         }
 
 
+class _Heard(logging.Handler):
+    """What the client logs of failed connections: its exceptions only say that there was none."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.reasons: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _, failed, reason = record.getMessage().partition(" failed: ")
+        if failed and not reason.startswith("KafkaTimeoutError"):
+            self.reasons.append(re.sub(r" \(backoff .*", "", reason))
+
+    def best(self) -> str:
+        """The most telling one: a refusal is heard less often than a connection that it closed."""
+        telling = [reason for reason in self.reasons if re.search("auth|ssl|certificate", reason, re.IGNORECASE)]
+        return (telling or self.reasons or [""])[-1]
+
+
 @contextmanager
 def reaching(connection: Connection) -> Iterator[None]:
     """Turns what the client raises about the cluster as a whole into one line that names it."""
+    heard = _Heard()
+    log = logging.getLogger("kafka.net.manager")
+    log.addHandler(heard)
     try:
         yield
-    except errors.SaslAuthenticationFailedError as error:
-        raise KafkaUnavailable(f"Kafka at {connection.servers} refuses the credentials: {_reason(error)}") from error
     except errors.AuthorizationError as error:
-        raise KafkaUnavailable(f"Kafka at {connection.servers} does not allow it: {_reason(error)}") from error
+        raise KafkaUnavailable(f"Kafka at {connection.servers} does not allow it: {_line(error)}") from error
     except (errors.KafkaError, OSError) as error:
-        raise KafkaUnavailable(f"Kafka at {connection.servers} cannot be used: {_reason(error)}") from error
+        why = heard.best()
+        hint = ""
+        if connection.security.protocol == "PLAINTEXT" and "disconnected" in why:
+            hint = "; does it want TLS or SASL (`security`)?"
+        elif connection.security.protocol != "PLAINTEXT" and "disconnected" in why:
+            hint = "; are the credentials and the certificates right?"
+        told = f"{_line(error)} ({why}{hint})" if why else _line(error)
+        raise KafkaUnavailable(f"Kafka at {connection.servers} cannot be used: {told}") from error
+    finally:
+        log.removeHandler(heard)
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def consumer(connection: Connection, **configs: Any) -> kafka.KafkaConsumer:
