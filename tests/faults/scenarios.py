@@ -1,0 +1,197 @@
+"""The faults: each makes a rig, does its worst while records flow, and returns the verdict with what it measured."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import Cluster
+from rig import Publisher, Rig, Verdict, Verifier, frames
+
+from stepstream.connectors.records import Record
+
+__all__ = ["SCENARIOS", "Scenario"]
+
+READY_S, WAIT_S = 60.0, 45.0
+
+
+@dataclass
+class Scenario:
+    """One run of one fault: on which cluster, where, with what randomness, how many times the fault happens."""
+
+    cluster: Cluster
+    folder: Path
+    random: random.Random
+    times: int
+    rate: float = 60.0
+
+    def rig(self, **options: object) -> Rig:
+        """A rig of its own."""
+        folder = self.folder / uuid.uuid4().hex[:8]
+        return Rig(folder, self.cluster.servers(), **options)  # type: ignore[arg-type]
+
+    def flow(self, rig: Rig, count: int, records: list[Record] | None = None) -> tuple[Publisher, Verifier]:
+        """Records that come in at the rate, and somebody who reads what comes out."""
+        publisher = Publisher(rig.connection, rig.topic, records or list(frames(count)), self.rate)
+        verifier = Verifier(rig.connection, f"{rig.topic}.out")
+        publisher.start()
+        verifier.start()
+        return publisher, verifier
+
+    def until_output(self, rig: Rig, verifier: Verifier, more: int = 1, timeout_s: float = READY_S) -> float:
+        """Waits for so many more outputs; the seconds it took. Raises TimeoutError with a worker's log."""
+        began, goal = time.monotonic(), len(verifier.outputs) + more
+        while len(verifier.outputs) < goal:
+            if time.monotonic() - began > timeout_s:
+                raise TimeoutError(f"no output in {timeout_s} s: {rig.workers[0].log.read_text()[-2000:]}")
+            rig.supervise()
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def finish(self, rig: Rig, publisher: Publisher, verifier: Verifier) -> Verdict:
+        """When all records are in: the verdict."""
+        while publisher.is_alive():
+            rig.supervise()
+            time.sleep(0.1)
+        if publisher.error is not None:
+            raise publisher.error
+        verdict = rig.judge(verifier, WAIT_S)
+        verdict.counts["starts"] = sum(worker.starts for worker in rig.workers)
+        rig.close()
+        return verdict
+
+
+def kill_workers(s: Scenario) -> Verdict:
+    """kill -9 of one of two workers, at random points."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (10 + 2.6 * s.times)))
+    rig.worker(), rig.worker()
+    s.until_output(rig, verifier, 20)
+    for _ in range(s.times):
+        time.sleep(s.random.uniform(0.2, 4))
+        s.random.choice(rig.workers).kill()
+        rig.supervise()
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.counts["kills"] = s.times
+    return verdict
+
+
+def kill_brokers(s: Scenario) -> Verdict:
+    """kill -9 of one broker after the other, each started again; how long until outputs come again."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (15 + 16 * s.times)))
+    rig.worker(), rig.worker()
+    s.until_output(rig, verifier, 20)
+    gaps = []
+    for turn in range(s.times):
+        node = 1 + turn % s.cluster.nodes
+        s.cluster.kill(node)
+        gaps.append(s.until_output(rig, verifier, 10))
+        s.cluster.start(node)
+        s.cluster.wait_ready()
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.seconds["longest until 10 more outputs"] = max(gaps)
+    verdict.counts["kills"] = s.times
+    return verdict
+
+
+def stop_and_continue(s: Scenario) -> Verdict:
+    """SIGSTOP past the session timeout, then SIGCONT: the commit that comes late is refused."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (10 + 16 * s.times)))
+    rig.worker(), rig.worker()
+    s.until_output(rig, verifier, 20)
+    for turn in range(s.times):
+        worker = rig.workers[turn % 2]
+        worker.send(signal.SIGSTOP)
+        time.sleep(s.random.uniform(7, 9))
+        worker.send(signal.SIGCONT)
+        s.until_output(rig, verifier, 10)
+        time.sleep(s.random.uniform(1, 4))
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.counts["stops"] = s.times
+    return verdict
+
+
+def come_and_go(s: Scenario) -> Verdict:
+    """Workers are added and ended under load, also while others are still recovering."""
+    rig = s.rig(partitions=6)
+    publisher, verifier = s.flow(rig, int(s.rate * (15 + 5 * s.times)))
+    rig.worker()
+    s.until_output(rig, verifier, 20)
+    for _ in range(s.times):
+        if len(rig.workers) < 4 and (len(rig.workers) == 1 or s.random.random() < 0.6):
+            rig.worker()
+        else:
+            gone = rig.workers.pop()
+            gone.send(s.random.choice([signal.SIGTERM, signal.SIGKILL]))
+        time.sleep(s.random.uniform(0.5, 5))
+        rig.supervise()
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.counts["changes"] = s.times
+    return verdict
+
+
+def snapshots_gone(s: Scenario) -> Verdict:
+    """The snapshot store goes away and comes back, empty: the stream goes on, and a kill costs a longer replay."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (25 + 8 * s.times)))
+    rig.worker()
+    s.until_output(rig, verifier, 100)
+    store = rig.folder / "snapshots"
+    for _ in range(s.times):
+        shutil.rmtree(store, ignore_errors=True)
+        store.write_text("in the way of a folder")
+        s.until_output(rig, verifier, 100)
+        rig.workers[0].kill()
+        s.until_output(rig, verifier, 20)
+        store.unlink()
+        s.until_output(rig, verifier, 100)
+    log = rig.workers[0].log.read_text()
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.counts["alarms"] = log.count("a snapshot could not be written")
+    verdict.counts["snapshots after"] = len(list(store.rglob("*.safetensors")))
+    return verdict
+
+
+def graceful_stops(s: Scenario) -> Verdict:
+    """SIGTERM under load: how long until it has ended, and how much the next start replays."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (10 + 6 * s.times)))
+    rig.worker()
+    s.until_output(rig, verifier, 20)
+    ends = []
+    for _ in range(s.times):
+        time.sleep(s.random.uniform(0.5, 3))
+        worker = rig.workers[0]
+        began = time.monotonic()
+        worker.send(signal.SIGTERM)
+        assert worker.process is not None
+        worker.process.wait()
+        ends.append(time.monotonic() - began)
+        s.until_output(rig, verifier, 20)
+    time.sleep(1)
+    worker.send(signal.SIGTERM)
+    worker.process.wait()
+    log = worker.log.read_text()
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.seconds["longest until ended"] = max(ends)
+    verdict.counts["stops"] = s.times
+    verdict.counts["replayed"] = log.count("replayed to catch up")
+    return verdict
+
+
+SCENARIOS: dict[str, Callable[[Scenario], Verdict]] = {
+    "kill-workers": kill_workers,
+    "kill-brokers": kill_brokers,
+    "stop-and-continue": stop_and_continue,
+    "come-and-go": come_and_go,
+    "snapshots-gone": snapshots_gone,
+    "graceful-stops": graceful_stops,
+}
