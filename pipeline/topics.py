@@ -96,7 +96,7 @@ def create_topics(
     there = {row["topic"]: row for row in check_topics(needed)}
     source = next((there[topic.name]["partitions"] for topic in needed if topic.role == "source"), None)
     for topic in needed:
-        if there[topic.name]["exists"]:
+        if there[topic.name]["exists"] or topic.name in made:
             continue
         configs = dict(topic.configs)
         if retention_ms is not None and not topic.aligned:

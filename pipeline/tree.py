@@ -76,6 +76,7 @@ def show_value(value: Any, path: Path = ()) -> str:
     """A value as it may be printed: short, in one line, and not at all if its key sounds like a secret."""
     if path and _SECRET.search(str(path[-1])):
         return "'***'"
+    value = hide_secrets(value)
     if isinstance(value, str):
         text = repr(value)
     elif isinstance(value, timedelta):

@@ -53,6 +53,7 @@ def topics(
     from stepstream.pipeline.pipeline import Pipeline
     from stepstream.pipeline.topics import check_topics, create_topics, needed_topics
 
+    retention_ms = _milliseconds(retention)
     use_current_folder()
     pipeline = Pipeline.from_file(file, settings or [], os.environ)
     needed = needed_topics(pipeline.config)
@@ -60,7 +61,7 @@ def topics(
         raise InputError(f"{pipeline.name} needs no topics: neither its source nor its sink is kafka")
     made: list[str] = []
     if create:
-        made = create_topics(needed, partitions, replication, _milliseconds(retention))
+        made = create_topics(needed, partitions, replication, retention_ms)
     rows = check_topics(needed)
     if as_json:
         emit_json({"pipeline": pipeline.name, "created": made, "topics": rows})

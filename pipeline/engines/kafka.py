@@ -30,7 +30,7 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.structs import OffsetAndMetadata
+from kafka.structs import MemberState, OffsetAndMetadata
 from pydantic import BaseModel, Field
 
 from stepstream.connectors import kafka_client
@@ -53,6 +53,12 @@ _LOG = get_logger(__name__)
 _REPORT_EVERY_S = 0.2
 _PATIENCE_S = 0.5
 _FENCED_TWICE_S = 60.0
+_STUCK_S = 30.0
+_POLL_MS = 500
+"""A poll returns as soon as there are records. With 20 ms kafka-python 3.0.12 hardly ever completed a rebalance: what a
+join has led to between two polls is thrown away, and the group begins again."""
+_ANSWER_MS = 10_000
+_ABORT_S = 5.0
 _BEGIN = "state from {}"
 
 
@@ -66,22 +72,24 @@ class KafkaEngine(Engine):
     """
 
     class Options(base.Options):
-        """`max_batch`, `max_wait_ms`: one poll, and so one transaction. `snapshots`: a folder that all processes see;
-        without one a start replays the whole log. `snapshot_every_s`: for each partition. `instance`: this process's
-        name, the same after a restart and no other's (a StatefulSet's pod name), so that a start ends at once what the
-        one before had left open; else that takes up to `transaction_timeout_ms`. `session_timeout_ms`: after so long
-        without a sign of life others take over. `stop_within_s`: for last snapshots at a graceful stop.
-        `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state is made from.
+        """`max_batch`: records of one transaction, for which a poll that found some waits up to `max_wait_ms` more.
+        `snapshots`: a folder that all processes see; without one a start replays the whole log. `snapshot_every_s`:
+        for each partition. `instance`: this process's name, the same after a restart and no other's (a StatefulSet's
+        pod name), so that a start ends at once what the one before had left open; else that takes up to
+        `transaction_timeout_ms`. `session_timeout_ms`: after so long without a sign of life others take over.
+        `max_poll_interval_ms`: after so long with one batch, too. `stop_within_s`: for last snapshots at a graceful
+        stop. `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state is made
+        from.
         """
 
         max_batch: int = Field(512, ge=1, le=1 << 20)
-        max_wait_ms: float = Field(20, ge=0, le=60_000)
+        max_wait_ms: float = Field(0, ge=0, le=60_000)
         snapshots: Path | None = None
         snapshot_every_s: float = Field(30, ge=0)
         instance: str | None = Field(None, pattern=r"^[a-zA-Z0-9._-]{1,200}$")
         session_timeout_ms: int = Field(10_000, ge=1000)
         transaction_timeout_ms: int = Field(15_000, ge=1000)
-        max_poll_interval_ms: int = Field(300_000, ge=1000)
+        max_poll_interval_ms: int = Field(120_000, ge=1000)
         stop_within_s: float = Field(10, ge=0)
         from_partial_state: bool = False
 
@@ -158,7 +166,7 @@ class _Run:
         self.manifests: KafkaConsumer | None = None
         self.producer: KafkaProducer | None = None
         self.doubted, self.fenced = False, -_FENCED_TWICE_S
-        self.started, self.reported = time.monotonic(), 0.0
+        self.started, self.reported, self.stable_at = time.monotonic(), 0.0, time.monotonic()
         self.records_in = self.records_out = self.dead = self.replayed = self.commits = 0
 
     # ---- start and end
@@ -172,6 +180,23 @@ class _Run:
         manifests = [manifest_topic(self.group)] if options.snapshots else []
         kafka_client.require_topics(self.connection, [self.topic, *self.published.topics(), *manifests])
         _LOG.info("starting", extra={"group": self.group, "topic": self.topic, "id": self.transactional_id})
+        self._new_producer()
+        self._join()
+        while not self.stop.is_set():
+            try:
+                self._turn()
+            except (errors.KafkaError, KafkaUnavailable) as error:
+                self._doubt(error)
+        self._leave()
+        return self._result()
+
+    def _join(self) -> None:
+        """A consumer that joins the group anew."""
+        options = self.options
+        if self.consumer is not None:
+            with contextlib.suppress(Exception):
+                self.consumer.close(autocommit=False)
+        self.rebalances = _Rebalances()
         self.consumer = kafka_client.consumer(
             self.connection,
             group_id=self.group,
@@ -181,15 +206,21 @@ class _Run:
             partition_assignment_strategy=[CooperativeStickyAssignor],
             max_poll_records=options.max_batch,
         )
-        self._new_producer()
+        with reaching(self.connection):
+            # kafka-python 3.0.12 forgets a rejoin that a topic's first metadata has set off if a poll ends meanwhile.
+            self.consumer.partitions_for_topic(self.topic)
         self.consumer.subscribe([self.topic], listener=self.rebalances)
-        while not self.stop.is_set():
-            try:
-                self._turn()
-            except (errors.KafkaError, KafkaUnavailable) as error:
-                self._doubt(error)
-        self._leave()
-        return self._result()
+        self.stable_at = time.monotonic()
+
+    def _watch(self, member: Any) -> None:
+        """Joins anew if the client has not come out of a rebalance for longer than one can take."""
+        now = time.monotonic()
+        if member.state is MemberState.STABLE:
+            self.stable_at = now
+        elif now - self.stable_at > max(_STUCK_S, 3 * self.options.session_timeout_ms / 1000):
+            self.task.metrics.operator_event("engine", "joined_anew")
+            _LOG.warning("joining the group anew", extra={"seconds_without": round(now - self.stable_at)})
+            self._join()
 
     def _leave(self) -> None:
         """Last snapshots, so that whoever comes next has nothing to replay; then the others are told at once."""
@@ -223,6 +254,7 @@ class _Run:
             transaction_timeout_ms=self.options.transaction_timeout_ms,
             delivery_timeout_ms=max(30_000, self.options.transaction_timeout_ms),
             linger_ms=0,
+            max_block_ms=20_000,
         )
         try:
             with reaching(self.connection):
@@ -242,9 +274,10 @@ class _Run:
                 self._new_producer()
             self._settle()
             self.doubted = False
-        polled = self.consumer.poll(timeout_ms=round(self.options.max_wait_ms), max_records=self.options.max_batch)
+        polled = self._poll()
         # Read before the rebalances are looked at: if none came, the poll's records belong to this generation.
         member = self.consumer.group_metadata()
+        self._watch(member)
         if self.rebalances.changed:
             self._rebalance()
             return
@@ -266,6 +299,19 @@ class _Run:
         self.states.begin_snapshot()
         self._report()
 
+    def _poll(self) -> dict[TopicPartition, list[Any]]:
+        """The next messages; once there are some, for `max_wait_ms` more of them, up to `max_batch`."""
+        most = self.options.max_batch
+        polled: dict[TopicPartition, list[Any]] = self.consumer.poll(timeout_ms=_POLL_MS, max_records=most)
+        count = sum(map(len, polled.values()))
+        deadline = time.monotonic() + self.options.max_wait_ms / 1000
+        while 0 < count < most and not self.rebalances.changed and (left := deadline - time.monotonic()) > 0:
+            more = self.consumer.poll(timeout_ms=left * 1000, max_records=most - count)
+            for place, messages in more.items():
+                polled.setdefault(place, []).extend(messages)
+                count += len(messages)
+        return polled
+
     def _replay(self, records: list[Record]) -> None:
         self.task.replaying = True
         try:
@@ -283,21 +329,23 @@ class _Run:
         member: Any,
     ) -> None:
         """One transaction: outputs, dead letters, the next offsets, and a manifest if there is one."""
-        began, producer, held = time.monotonic(), self.producer, self.states.held
+        began, held, producer = time.monotonic(), self.states.held, self.producer
         assert producer is not None
-        producer.begin_transaction()
-        self.sink.write(outcome.outputs, outcome.dead)
-        if manifest is not None:
-            message, partition = manifest_message(manifest, manifest_topic(self.group))
-            producer.send(message.topic, message.value, message.key, message.headers, partition, message.timestamp_ms)
-        producer.send_offsets_to_transaction(
-            {
-                TopicPartition(self.topic, p): OffsetAndMetadata(offset, _BEGIN.format(held[p].begin), -1)
-                for p, offset in offsets.items()
-            },
-            member,
-        )
-        producer.commit_transaction()
+        places = {
+            TopicPartition(self.topic, p): OffsetAndMetadata(offset, _BEGIN.format(held[p].begin), -1)
+            for p, offset in offsets.items()
+        }
+
+        def transaction() -> None:
+            producer.begin_transaction()
+            self.sink.write(outcome.outputs, outcome.dead)
+            if manifest is not None:
+                m, partition = manifest_message(manifest, manifest_topic(self.group))
+                producer.send(m.topic, m.value, m.key, m.headers, partition)
+            producer.send_offsets_to_transaction(places, member)
+            producer.commit_transaction()
+
+        bounded(transaction, self.options.transaction_timeout_ms / 1000, "transaction")
         for partition, offset in offsets.items():
             held[partition].committed = offset
         if manifest is not None:
@@ -340,7 +388,7 @@ class _Run:
         producer, self.producer = self.producer, None
         if producer is not None:
             try:
-                producer.abort_transaction()
+                bounded(producer.abort_transaction, _ABORT_S, "abort")
                 self.producer = producer
             except Exception:  # noqa: BLE001 whatever it is: a new producer under the same id ends what was open
                 with contextlib.suppress(Exception):
@@ -356,8 +404,8 @@ class _Run:
         places = {p: TopicPartition(self.topic, p) for p in sorted(self.rebalances.assigned)}
         if not places:
             return
-        firsts = self.consumer.beginning_offsets(list(places.values()))
-        known = {p: self.consumer.committed(place, metadata=True) for p, place in places.items()}
+        firsts = self.consumer.beginning_offsets(list(places.values()), timeout_ms=_ANSWER_MS)
+        known = {p: self.consumer.committed(at, metadata=True, timeout_ms=_ANSWER_MS) for p, at in places.items()}
         moved = []
         for partition, place in places.items():
             at = firsts[place] if known[partition] is None else known[partition].offset
@@ -430,6 +478,27 @@ class _Run:
             totals=totals,
             records_committed=totals["records_in"],
         )
+
+
+def bounded(call: Callable[[], object], within_s: float, name: str) -> None:
+    """Makes a call that its library does not bound: kafka-python 3.0.12 waits forever for a commit whose coordinator
+    was killed. KafkaTimeoutError after `within_s`, with the call left to end by itself: its outcome is not known.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 it is raised where the call was made
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join(within_s)
+    if thread.is_alive():
+        raise errors.KafkaTimeoutError(f"no answer to the {name} in {within_s:g} s")
+    if failed:
+        raise failed[0]
 
 
 def _begin(metadata: str | None, first: int, committed: int) -> int:

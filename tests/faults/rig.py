@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cluster import die_with_parent
 from kafka import TopicPartition
 from kafka.errors import KafkaError
 
@@ -133,7 +134,12 @@ class Worker:
         command += [f"--set=engine.kafka.instance=w{self.number}", *(f"--set={option}" for option in self.options)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, *command], stdout=log, stderr=log, start_new_session=True, env=_environment()
+                [*self.prefix, *command],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=_environment(),
+                preexec_fn=die_with_parent,
             )
         self.starts += 1
 

@@ -24,7 +24,7 @@ from typing import Self
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
-__all__ = ["PASSWORD", "USER", "Cluster", "unavailable"]
+__all__ = ["PASSWORD", "USER", "Cluster", "die_with_parent", "unavailable"]
 
 USER, PASSWORD = "alice", "wonderland-7"
 
@@ -78,7 +78,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """In a new process: it is killed when the one that started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -132,7 +133,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def kill(self, node: int) -> None:
