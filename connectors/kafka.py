@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
+from kafka.errors import MessageSizeTooLargeError, OffsetOutOfRangeError
 from pydantic import Field
 
 from stepstream.connectors import base, kafka_client
@@ -16,7 +17,14 @@ from stepstream.connectors.base import DeadLetter, InputError, Partition, Undeco
 from stepstream.connectors.codecs import kind_of
 from stepstream.connectors.kafka_chunks import SPAN, Assembler, split
 from stepstream.connectors.kafka_client import Compression, Connection, reaching
-from stepstream.connectors.kafka_messages import Message, dead_letter_message, headers_of, output_message, record_of
+from stepstream.connectors.kafka_messages import (
+    Message,
+    dead_letter_message,
+    headers_of,
+    output_message,
+    record_of,
+    time_of,
+)
 from stepstream.connectors.records import Origin, Record
 
 __all__ = ["KafkaSink", "KafkaSource", "MessageReader", "send_all"]
@@ -81,7 +89,7 @@ class MessageReader:
     def _unreadable(self, message: ConsumerRecord, reason: str) -> Record:
         key = (message.key or b"").decode("utf-8", "replace")
         origin = Origin(self._topic, message.partition, message.offset)
-        return Record(key, message.timestamp * 1_000_000, Undecodable(message.value or b"", reason), origin)
+        return Record(key, time_of(message.timestamp) or 0, Undecodable(message.value or b"", reason), origin)
 
 
 class KafkaSource(base.Source):
@@ -112,9 +120,11 @@ class KafkaSource(base.Source):
     def _reading(self) -> KafkaConsumer:
         if self._consumer is None:
             kafka_client.require_topics(self.options, [self.options.topic])
-            self._consumer = kafka_client.consumer(self.options)
+            self._consumer = kafka_client.consumer(self.options, auto_offset_reset="none")
             with reaching(self.options):
                 numbers = self._consumer.partitions_for_topic(self.options.topic)
+                if not numbers:  # a topic that was made just now, asked of another broker
+                    raise InputError(f"topic: {self.options.topic} has no partitions yet at {self.options.servers}")
                 self._consumer.assign([TopicPartition(self.options.topic, number) for number in sorted(numbers)])
         return self._consumer
 
@@ -140,7 +150,14 @@ class KafkaSource(base.Source):
             if place.partition not in self.reader.begun:
                 self.seek({(place.topic, place.partition): 0})
         with reaching(self.options):
-            polled = consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=max_records)
+            try:
+                polled = consumer.poll(timeout_ms=round(timeout_s * 1000), max_records=max_records)
+            except OffsetOutOfRangeError as error:
+                ((place, offset), *_) = error.args[0].items()
+                raise InputError(
+                    f"offset: {place.topic}/{place.partition} no longer holds {offset}, which was to be read next: "
+                    "records are lost"
+                ) from error
         return self.reader.records(polled)
 
     @property
@@ -179,6 +196,7 @@ class KafkaSink(base.Sink):
         self.options = options
         self._producer: KafkaProducer | None = None
         self._owned = False
+        self._sent: list[Any] = []
 
     @property
     def dead_letter_topic(self) -> str:
@@ -212,19 +230,32 @@ class KafkaSink(base.Sink):
 
     def open(self, position: dict[str, Any] | None) -> None:
         kafka_client.require_topics(self.options, self.topics())
-        self._owned = True
+        self._owned, self._sent = True, []
         self._producer = kafka_client.producer(self.options, self.options.compression)
 
     def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
         assert self._producer is not None
         # Whose producer it is, knows what its errors mean.
         with reaching(self.options) if self._owned else contextlib.nullcontext():
-            send_all(self._producer, self.messages(records, dead))
+            sent = send_all(self._producer, self.messages(records, dead))
+        if self._owned:
+            self._sent += sent
 
     def prepare(self) -> dict[str, Any]:
         assert self._producer is not None
         with reaching(self.options):
-            self._producer.flush()
+            # Not `flush`, which does not tell of what the brokers did not take.
+            for future in self._sent:
+                try:
+                    future.get()
+                except MessageSizeTooLargeError as error:
+                    raise InputError(
+                        f"chunk_bytes: {self.options.chunk_bytes}, and a topic at {self.options.servers} takes no "
+                        "messages of that size; expected less than its max.message.bytes"
+                    ) from error
+            if not self._owned:
+                self._producer.flush()
+        self._sent.clear()
         return {}
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import kafka
 from kafka import errors
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError
@@ -33,9 +33,15 @@ Compression = Literal["none", "gzip", "snappy", "lz4", "zstd"]
 
 _CODEC_PACKAGES = {"snappy": "snappy", "lz4": "lz4", "zstd": "zstandard"}
 
+_SERVER = re.compile(r"([^\s:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+
 RETRY_BACKOFF_MS = 5
 """kafka-python's default of 100 makes every second transaction wait: right after a commit the coordinator answers
 CONCURRENT_TRANSACTIONS for a few milliseconds. Measured on Kafka 4.1: p99 of a transaction 216 ms, with 5 ms 20 ms."""
+
+
+MAX_REQUEST_BYTES = 32 * 2**20
+"""What is sent at once. The client's default, 1 MiB, would refuse chunks that a broker set up for larger ones takes."""
 
 
 class KafkaUnavailable(InputError):
@@ -103,6 +109,14 @@ class Connection(base.Options):
     servers: str = Field("127.0.0.1:9092", min_length=1)
     security: Security = Security()
 
+    @field_validator("servers")
+    @classmethod
+    def _are_hosts(cls, servers: str) -> str:
+        given = [server.strip() for server in servers.split(",") if server.strip()]
+        if not given or not all(_SERVER.fullmatch(server) for server in given):
+            raise ValueError("expected host:port, or several separated by commas")
+        return servers
+
     def configs(self) -> dict[str, Any]:
         """As kafka-python takes them."""
         return {
@@ -129,7 +143,9 @@ class _Heard(logging.Handler):
     def best(self) -> str:
         """The most telling one: a refusal is heard less often than a connection that it closed."""
         telling = [reason for reason in self.reasons if re.search("auth|ssl|certificate", reason, re.IGNORECASE)]
-        return (telling or self.reasons or [""])[-1]
+        # The last attempt ends with our patience and says no more than that.
+        answered = [reason for reason in self.reasons if "RequestTimedOut" not in reason]
+        return (telling or answered or self.reasons or [""])[-1]
 
 
 @contextmanager
@@ -189,6 +205,7 @@ def producer(connection: Connection, compression: Compression = "none", **config
                 "metrics_enabled": False,
                 "acks": "all",
                 "enable_idempotence": True,
+                "max_request_size": MAX_REQUEST_BYTES,
                 "compression_type": None if compression == "none" else compression,
                 "allow_auto_create_topics": False,
                 **configs,

@@ -28,8 +28,9 @@ from stepstream.connectors.base import DeadLetter, InputError, Undecodable
 from stepstream.connectors.codecs import decode, encode
 from stepstream.connectors.record_json import record_from_json
 from stepstream.connectors.records import Origin, Record
+from stepstream.connectors.times import MAX_TIME_NS
 
-__all__ = ["Message", "dead_letter_message", "headers_of", "output_id", "output_message", "record_of"]
+__all__ = ["Message", "dead_letter_message", "headers_of", "output_id", "output_message", "record_of", "time_of"]
 
 JSON = "application/json"
 
@@ -115,26 +116,34 @@ def record_of(
 
     `max_bytes` bounds the value after decompression. Kafka's timestamp is the event time of a message that says none.
     """
-    name = default_key or ""
-    time_ns = timestamp_ms * 1_000_000
+    name, time_ns = default_key, time_of(timestamp_ms)
     try:
         if key is not None:
-            name = key.decode()
+            name = key.decode("utf-8", "replace")
+            if name.encode() != key:
+                raise InputError(f"key: not UTF-8: {key[:40]!r}")
         if value is None:
             raise InputError("value: a tombstone (null); expected a record")
         time_ns = _time_ns(headers, time_ns)
         body = _decompressed(value, headers, max_bytes)
         content_type = headers.get("content-type", JSON)
         if content_type == JSON:
-            return record_from_json(body, origin, name or None, time_ns)
-        if not name:
+            return record_from_json(body, origin, name, time_ns)
+        if name is None:
             raise InputError("key: missing; expected the name of what the record belongs to")
+        if time_ns is None:
+            raise InputError(f"event-time-ns: missing, and the message's timestamp, {timestamp_ms} ms, is no time")
         return Record(name, time_ns, decode(content_type, body, max_bytes), origin)
-    except (InputError, UnicodeDecodeError) as error:
-        return Record(name, time_ns, Undecodable(value or b"", str(error)), origin)
+    except InputError as error:
+        return Record(name or "", time_ns or 0, Undecodable(value or b"", str(error)), origin)
 
 
-def _time_ns(headers: Mapping[str, str], otherwise: int) -> int:
+def time_of(timestamp_ms: int) -> int | None:
+    """Kafka's timestamp as an event time; None for -1, which says that there is none, and for what is out of range."""
+    return timestamp_ms * 1_000_000 if 0 <= timestamp_ms <= MAX_TIME_NS // 1_000_000 else None
+
+
+def _time_ns(headers: Mapping[str, str], otherwise: int | None) -> int | None:
     text = headers.get("event-time-ns")
     if text is None:
         return otherwise
@@ -150,6 +159,8 @@ def _time_ns(headers: Mapping[str, str], otherwise: int) -> int:
 def _decompressed(value: bytes, headers: Mapping[str, str], max_bytes: int) -> Any:
     encoding = headers.get("content-encoding")
     if encoding is None:
+        if len(value) > max_bytes:
+            raise InputError(f"value: {len(value)} bytes, at most {max_bytes} are taken")
         return value
     text = headers.get("content-length", "")
     if encoding != "zstd" or not (text.isascii() and text.isdigit() and len(text) < 19):

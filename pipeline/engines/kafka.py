@@ -59,6 +59,9 @@ _POLL_MS = 500
 join has led to between two polls is thrown away, and the group begins again."""
 _ANSWER_MS = 10_000
 _ABORT_S = 5.0
+_FRESH_AFTER = 2
+"""Failures in a row after which all clients are made anew: after a broker's death kafka-python 3.0.12 was seen to ask
+the dead leader for offsets for minutes."""
 _BEGIN = "state from {}"
 
 
@@ -165,7 +168,7 @@ class _Run:
         self.consumer: KafkaConsumer = None
         self.manifests: KafkaConsumer | None = None
         self.producer: KafkaProducer | None = None
-        self.doubted, self.fenced = False, -_FENCED_TWICE_S
+        self.doubted, self.failures, self.fenced = False, 0, -_FENCED_TWICE_S
         self.started, self.reported, self.stable_at = time.monotonic(), 0.0, time.monotonic()
         self.records_in = self.records_out = self.dead = self.replayed = self.commits = 0
 
@@ -193,10 +196,12 @@ class _Run:
     def _join(self) -> None:
         """A consumer that joins the group anew."""
         options = self.options
-        if self.consumer is not None:
-            with contextlib.suppress(Exception):
-                self.consumer.close(autocommit=False)
-        self.rebalances = _Rebalances()
+        for client in (self.consumer, self.manifests):
+            if client is not None:
+                with contextlib.suppress(Exception):
+                    client.close(autocommit=False, timeout_ms=1000)
+        self.manifests = None
+        self.rebalances, self.failures = _Rebalances(), 0
         self.consumer = kafka_client.consumer(
             self.connection,
             group_id=self.group,
@@ -204,6 +209,7 @@ class _Run:
             heartbeat_interval_ms=max(300, options.session_timeout_ms // 5),
             max_poll_interval_ms=options.max_poll_interval_ms,
             partition_assignment_strategy=[CooperativeStickyAssignor],
+            auto_offset_reset="none",
             max_poll_records=options.max_batch,
         )
         with reaching(self.connection):
@@ -270,10 +276,12 @@ class _Run:
     def _turn(self) -> None:
         """Polls once and does all that follows from it."""
         if self.doubted:
+            if self.failures >= _FRESH_AFTER:
+                self._join()
             if self.producer is None:
                 self._new_producer()
             self._settle()
-            self.doubted = False
+            self.doubted, self.failures = False, 0
         polled = self._poll()
         # Read before the rebalances are looked at: if none came, the poll's records belong to this generation.
         member = self.consumer.group_metadata()
@@ -373,8 +381,12 @@ class _Run:
 
     def _doubt(self, error: Exception) -> None:
         """A transaction or a request failed: what is committed must be read again before anything else is done."""
-        if self.producer is not None:
-            self.task.metrics.operator_event("engine", "aborted")
+        if isinstance(
+            error, errors.NoOffsetForPartitionError
+        ):  # a partition's first time: where it begins is read next
+            self.doubted = True
+            return
+        self.task.metrics.operator_event("engine", "aborted")
         _LOG.warning("what is committed is read again", extra={"reason": repr(error)})
         if isinstance(error, errors.ProducerFencedError):
             now = time.monotonic()
@@ -385,6 +397,7 @@ class _Run:
                 ) from error
             self.fenced = now
         self.doubted = True
+        self.failures += 1
         producer, self.producer = self.producer, None
         if producer is not None:
             try:

@@ -104,8 +104,11 @@ class Publisher(threading.Thread):
         try:
             for number, record in enumerate(self._records):
                 time.sleep(max(0.0, began + number / self._rate - time.monotonic()))
-                for m in self._sink.messages([record], []):
-                    self._producer.send(m.topic, m.value, m.key, m.headers)
+                if isinstance(record.value, bytes):
+                    self._producer.send(self._topic, record.value, record.key.encode(), [])
+                else:
+                    for m in self._sink.messages([record], []):
+                        self._producer.send(m.topic, m.value, m.key, m.headers)
                 self.published += 1
             self._producer.flush(timeout=120)
         except BaseException as error:
@@ -124,13 +127,14 @@ class Worker:
     log: Path
     options: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
+    program: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
     def start(self) -> None:
         """Starts it."""
-        program = Path(sys.executable).with_name("stepstream")
-        command = [str(program), "run", str(self.pipeline), "--log", "info"]
+        program = self.program or (str(Path(sys.executable).with_name("stepstream")),)
+        command = [*program, "run", str(self.pipeline), "--log", "info"]
         command += [f"--set=engine.kafka.instance=w{self.number}", *(f"--set={option}" for option in self.options)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -219,6 +219,7 @@ class Cluster:
             "transaction.state.log.num.partitions": "3",
             "group.initial.rebalance.delay.ms": "0",
             "auto.create.topics.enable": "false",
+            "group.min.session.timeout.ms": "1000",
             "log.cleaner.dedupe.buffer.size": "2097152",
             "log.index.size.max.bytes": "1048576",
             **(self._security() if self.secure else {}),
