@@ -23,12 +23,11 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
-from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import MemberState, OffsetAndMetadata
 from pydantic import BaseModel, Field
@@ -41,6 +40,7 @@ from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.engines import base
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult
+from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded
 from stepstream.pipeline.engines.kafka_state import PartitionStates
 from stepstream.pipeline.logs import get_logger
 from stepstream.pipeline.manifests import Manifest, manifest_message, manifest_topic, read_manifests
@@ -62,7 +62,6 @@ _ABORT_S = 5.0
 _FRESH_AFTER = 2
 """Failures in a row after which all clients are made anew: after a broker's death kafka-python 3.0.12 was seen to ask
 the dead leader for offsets for minutes."""
-_BEGIN = "state from {}"
 
 
 class KafkaEngine(Engine):
@@ -76,8 +75,8 @@ class KafkaEngine(Engine):
 
     class Options(base.Options):
         """`max_batch`: records of one transaction, for which a poll that found some waits up to `max_wait_ms` more.
-        `snapshots`: a folder that all processes see; without one a start replays the whole log. `snapshot_every_s`:
-        for each partition. `instance`: this process's name, the same after a restart and no other's (a StatefulSet's
+        `snapshots`: a folder or URL (s3://...) that all processes see; without one a start replays the whole log.
+        `snapshot_every_s`: for each partition. `instance`: this process's name, the same after a restart and no other's (a StatefulSet's
         pod name), so that a start ends at once what the one before had left open; else that takes up to
         `transaction_timeout_ms`. `session_timeout_ms`: after so long without a sign of life others take over.
         `max_poll_interval_ms`: after so long with one batch, too. `stop_within_s`: for last snapshots at a graceful
@@ -87,7 +86,7 @@ class KafkaEngine(Engine):
 
         max_batch: int = Field(512, ge=1, le=1 << 20)
         max_wait_ms: float = Field(0, ge=0, le=60_000)
-        snapshots: Path | None = None
+        snapshots: str | None = None
         snapshot_every_s: float = Field(30, ge=0)
         instance: str | None = Field(None, pattern=r"^[a-zA-Z0-9._-]{1,200}$")
         session_timeout_ms: int = Field(10_000, ge=1000)
@@ -127,25 +126,6 @@ class KafkaEngine(Engine):
             return run.run()
 
 
-class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Notes what the group does: its calls come from inside `poll`, which is no place for long work."""
-
-    def __init__(self) -> None:
-        self.assigned: set[int] = set()
-        self.changed = False
-
-    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        self.assigned -= {place.partition for place in revoked}
-        self.changed = True
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self.assigned |= {place.partition for place in assigned}
-        self.changed = True
-
-    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        self.on_partitions_revoked(lost)
-
-
 class _Run:
     def __init__(
         self,
@@ -162,7 +142,7 @@ class _Run:
         self.topic, self.connection = source.options.topic, source.options
         self.group = source.options.group or task.metrics.pipeline
         self.states = PartitionStates(task, self.topic, options.snapshots, options.snapshot_every_s)
-        self.rebalances = _Rebalances()
+        self.rebalances = Rebalances()
         self.dead_letters = DeadLetterLog()
         self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
         self.consumer: KafkaConsumer = None
@@ -201,7 +181,7 @@ class _Run:
                 with contextlib.suppress(Exception):
                     client.close(autocommit=False, timeout_ms=1000)
         self.manifests = None
-        self.rebalances, self.failures = _Rebalances(), 0
+        self.rebalances, self.failures = Rebalances(), 0
         self.consumer = kafka_client.consumer(
             self.connection,
             group_id=self.group,
@@ -340,7 +320,7 @@ class _Run:
         began, held, producer = time.monotonic(), self.states.held, self.producer
         assert producer is not None
         places = {
-            TopicPartition(self.topic, p): OffsetAndMetadata(offset, _BEGIN.format(held[p].begin), -1)
+            TopicPartition(self.topic, p): OffsetAndMetadata(offset, begin_note(held[p].begin), -1)
             for p, offset in offsets.items()
         }
 
@@ -430,7 +410,7 @@ class _Run:
         manifests = self._manifests(moved)
         for partition in moved:
             known_at, first = known[partition], firsts[places[partition]]
-            begin = first if known_at is None else _begin(known_at.metadata, first, known_at.offset)
+            begin = first if known_at is None else begin_of(known_at.metadata, first, known_at.offset)
             committed = first if known_at is None else known_at.offset
             held = states.restore(partition, begin, committed, manifests.get(partition, []))
             if held.offset < first:
@@ -491,32 +471,3 @@ class _Run:
             totals=totals,
             records_committed=totals["records_in"],
         )
-
-
-def bounded(call: Callable[[], object], within_s: float, name: str) -> None:
-    """Makes a call that its library does not bound: kafka-python 3.0.12 waits forever for a commit whose coordinator
-    was killed. KafkaTimeoutError after `within_s`, with the call left to end by itself: its outcome is not known.
-    """
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:  # noqa: BLE001 it is raised where the call was made
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    thread.join(within_s)
-    if thread.is_alive():
-        raise errors.KafkaTimeoutError(f"no answer to the {name} in {within_s:g} s")
-    if failed:
-        raise failed[0]
-
-
-def _begin(metadata: str | None, first: int, committed: int) -> int:
-    """Where the state of a partition begins, as it was noted with its committed offset; the log's beginning, if a
-    person has set the offset by hand.
-    """
-    match = re.fullmatch(_BEGIN.format(r"(\d{1,18})"), metadata or "")
-    return min(first if match is None else int(match[1]), committed)

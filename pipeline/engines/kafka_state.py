@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from stepstream.connectors.base import Partition, Undecodable
@@ -14,6 +13,7 @@ from stepstream.connectors.record_json import record_to_json
 from stepstream.connectors.records import Record
 from stepstream.pipeline.logs import get_logger
 from stepstream.pipeline.manifests import Manifest
+from stepstream.pipeline.remote_snapshots import RemoteSnapshotStore, snapshot_store
 from stepstream.pipeline.snapshots import SnapshotError, SnapshotRef, SnapshotStore
 from stepstream.pipeline.task import Task
 
@@ -45,10 +45,10 @@ class PartitionStates:
     made undecodable, as its state could not move with both.
     """
 
-    def __init__(self, task: Task, topic: str, snapshots: Path | None, every_s: float) -> None:
+    def __init__(self, task: Task, topic: str, snapshots: str | None, every_s: float) -> None:
         self.task, self.topic = task, topic
         self.held: dict[int, Held] = {}
-        self._directory, self._every_s = snapshots, every_s
+        self._place, self._every_s = snapshots, every_s
         self._fingerprint = task.fingerprint()
         self._owners: dict[str, int] = {}
         self._writer = ThreadPoolExecutor(1, "snapshots")
@@ -108,14 +108,14 @@ class PartitionStates:
 
     # ---- snapshots
 
-    def _store(self, partition: int) -> SnapshotStore:
-        if self._directory is None:
+    def _store(self, partition: int) -> SnapshotStore | RemoteSnapshotStore:
+        if self._place is None:
             raise SnapshotError("this process was given no place for snapshots")
-        return SnapshotStore(self._directory / f"{self.topic}-{partition}")
+        return snapshot_store(self._place, f"{self.topic}-{partition}")
 
     def begin_snapshot(self, *, due: bool = True) -> bool:
         """Starts writing a snapshot of the partition that is longest overdue (`due=False`: of any that has moved)."""
-        if self._directory is None or self._writing is not None:
+        if self._place is None or self._writing is not None:
             return False
         now = time.monotonic()
         moved = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stepstream.pipeline import registry
 from stepstream.pipeline.config import ConfigError, PipelineConfig, from_text, read_file
 
 GOOD = """\
@@ -82,7 +83,6 @@ def test_a_good_file_becomes_checked_stages() -> None:
         ("name: toy", "name: !!python/object/apply:os.getcwd []", r"p.yaml:1: not YAML: could not determine a constructor.*"),  # noqa: E501
         ("n: 5", "n: '${NOWHERE}'", r"p.yaml:2: .*Count.n: the environment variable NOWHERE is not set.*"),
         ("n: 5", "n: '${NO WHERE}'", r".*Count.n: '\$\{NO WHERE\}': expected \$\{NAME\} or .*"),
-        ("engine: my_parts:Count", "engine: kafka", r"p.yaml:7: engine.kafka: an engine that is not installed; installed: .*"),  # noqa: E501
         ("engine: my_parts:Count", "engine: kafak", r"p.yaml:7: engine.kafak: no such engine.*"),
     ],
 )  # fmt: skip
@@ -224,3 +224,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
     with pytest.raises(ConfigError, match="Is a directory"):
         read_file(tmp_path)
+
+
+def test_a_built_in_part_that_this_installation_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BUILT_IN["engine"], "kafka", "stepstream.pipeline.engines.nowhere:KafkaEngine")
+    with pytest.raises(registry.NameProblem, match="an engine that is not installed; installed: .*local"):
+        registry.load("engine", "kafka")

@@ -1,0 +1,67 @@
+"""What the Kafka engine adds to its client: notes of rebalances and of where states begin, and calls that end."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable
+
+from kafka import TopicPartition, errors
+from kafka.consumer.subscription_state import ConsumerRebalanceListener
+
+__all__ = ["Rebalances", "begin_note", "begin_of", "bounded"]
+
+_BEGIN = "state from {}"
+
+
+class Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Notes what the group does: its calls come from inside `poll`, which is no place for long work."""
+
+    def __init__(self) -> None:
+        self.assigned: set[int] = set()
+        self.changed = False
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        self.assigned -= {place.partition for place in revoked}
+        self.changed = True
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self.assigned |= {place.partition for place in assigned}
+        self.changed = True
+
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        self.on_partitions_revoked(lost)
+
+
+def bounded(call: Callable[[], object], within_s: float, name: str) -> None:
+    """Makes a call that its library does not bound: kafka-python 3.0.12 waits forever for a commit whose coordinator
+    was killed. KafkaTimeoutError after `within_s`, with the call left to end by itself: its outcome is not known.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 it is raised where the call was made
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join(within_s)
+    if thread.is_alive():
+        raise errors.KafkaTimeoutError(f"no answer to the {name} in {within_s:g} s")
+    if failed:
+        raise failed[0]
+
+
+def begin_note(begin: int) -> str:
+    """What is written beside a committed offset: from which record on the state of the partition was made."""
+    return _BEGIN.format(begin)
+
+
+def begin_of(metadata: str | None, first: int, committed: int) -> int:
+    """Where the state of a partition begins, as it was noted with its committed offset; the log's beginning, if a
+    person has set the offset by hand.
+    """
+    match = re.fullmatch(_BEGIN.format(r"(\d{1,18})"), metadata or "")
+    return min(first if match is None else int(match[1]), committed)
