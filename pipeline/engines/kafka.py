@@ -76,12 +76,12 @@ class KafkaEngine(Engine):
     class Options(base.Options):
         """`max_batch`: records of one transaction, for which a poll that found some waits up to `max_wait_ms` more.
         `snapshots`: a folder or URL (s3://...) that all processes see; without one a start replays the whole log.
-        `snapshot_every_s`: for each partition. `instance`: this process's name, the same after a restart and no other's (a StatefulSet's
-        pod name), so that a start ends at once what the one before had left open; else that takes up to
-        `transaction_timeout_ms`. `session_timeout_ms`: after so long without a sign of life others take over.
-        `max_poll_interval_ms`: after so long with one batch, too. `stop_within_s`: for last snapshots at a graceful
-        stop. `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state is made
-        from.
+        `snapshot_every_s`: for each partition. `instance`: this process's name, the same after a restart and no
+        other's (a StatefulSet's pod name), so that a start ends at once what the one before had left open; else that
+        takes up to `transaction_timeout_ms`. `session_timeout_ms`: after so long without a sign of life others take
+        over. `max_poll_interval_ms`: after so long with one batch, too. `stop_within_s`: for last snapshots at a
+        graceful stop. `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state
+        is made from.
         """
 
         max_batch: int = Field(512, ge=1, le=1 << 20)
