@@ -23,7 +23,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.engines import base
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult
 from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded
-from stepstream.pipeline.engines.kafka_state import PartitionStates
+from stepstream.pipeline.engines.kafka_standby import Standby
+from stepstream.pipeline.engines.kafka_state import Held, PartitionStates
 from stepstream.pipeline.logs import get_logger
 from stepstream.pipeline.manifests import Manifest, manifest_message, manifest_topic, read_manifests
 from stepstream.pipeline.task import Outcome, Task
@@ -76,12 +77,13 @@ class KafkaEngine(Engine):
     class Options(base.Options):
         """`max_batch`: records of one transaction, for which a poll that found some waits up to `max_wait_ms` more.
         `snapshots`: a folder or URL (s3://...) that all processes see; without one a start replays the whole log.
-        `snapshot_every_s`: for each partition. `instance`: this process's name, the same after a restart and no
-        other's (a StatefulSet's pod name), so that a start ends at once what the one before had left open; else that
-        takes up to `transaction_timeout_ms`. `session_timeout_ms`: after so long without a sign of life others take
-        over. `max_poll_interval_ms`: after so long with one batch, too. `stop_within_s`: for last snapshots at a
-        graceful stop. `from_partial_state`: goes on, with a warning, where the log no longer holds all that the state
-        is made from.
+        `snapshot_every_s`: for each partition. `standby`: also follows the partitions that others have, to take them
+        over warm; costs their state's memory, and the model's time once more. `instance`: this process's name, the
+        same after a restart and no other's (a StatefulSet's pod name), so that a start ends at once what the one
+        before had left open; else that takes up to `transaction_timeout_ms`. `session_timeout_ms`: after so long
+        without a sign of life others take over. `max_poll_interval_ms`: after so long with one batch, too.
+        `stop_within_s`: for last snapshots at a graceful stop. `from_partial_state`: goes on, with a warning, where
+        the log no longer holds all that the state is made from.
         """
 
         max_batch: int = Field(512, ge=1, le=1 << 20)
@@ -93,6 +95,7 @@ class KafkaEngine(Engine):
         transaction_timeout_ms: int = Field(15_000, ge=1000)
         max_poll_interval_ms: int = Field(120_000, ge=1000)
         stop_within_s: float = Field(10, ge=0)
+        standby: bool = False
         from_partial_state: bool = False
 
     def __init__(self, options: BaseModel) -> None:
@@ -142,6 +145,7 @@ class _Run:
         self.topic, self.connection = source.options.topic, source.options
         self.group = source.options.group or task.metrics.pipeline
         self.states = PartitionStates(task, self.topic, options.snapshots, options.snapshot_every_s)
+        self.standby = Standby(source.options, self.states, self._offsets, self._follow, self._replay)
         self.rebalances = Rebalances()
         self.dead_letters = DeadLetterLog()
         self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
@@ -226,6 +230,7 @@ class _Run:
     def close(self) -> None:
         """Leaves the group and ends what is open."""
         self.states.close()
+        self.standby.close()
         for client in (self.producer, self.consumer, self.manifests):
             if client is not None:
                 with contextlib.suppress(Exception):  # a cluster that is down is no reason not to end
@@ -274,8 +279,7 @@ class _Run:
         records = self.states.admit(reader.records(polled))
         old = [r for r in records if r.origin.offset < held[r.origin.partition].committed]
         live = [r for r in records if r.origin.offset >= held[r.origin.partition].committed] if old else records
-        if old:
-            self._replay(old)
+        self._replay(old)
         outcome = self.task.process(live)
         for partition, offset in ahead.items():
             held[partition].offset = offset
@@ -285,6 +289,8 @@ class _Run:
             offsets = moved if manifest is None else {manifest.partition: held[manifest.partition].committed, **moved}
             self._commit(live, outcome, offsets, manifest, member)
         self.states.begin_snapshot()
+        if self.options.standby:
+            self.standby.turn(self.rebalances.assigned, self.options.max_batch)
         self._report()
 
     def _poll(self) -> dict[TopicPartition, list[Any]]:
@@ -301,6 +307,8 @@ class _Run:
         return polled
 
     def _replay(self, records: list[Record]) -> None:
+        if not records:
+            return
         self.task.replaying = True
         try:
             self.task.process(records)
@@ -353,8 +361,11 @@ class _Run:
         self.rebalances.changed = False
         assigned = set(self.rebalances.assigned)
         for partition in set(self.states.held) - assigned:
-            self.states.drop(partition)
             self.source.reader.forget(partition)
+            if self.options.standby:
+                self.standby.give(partition, self.states.release(partition))
+            else:
+                self.states.drop(partition)
         self.task.metrics.operator_event("engine", "rebalanced")
         _LOG.info("partitions", extra={"assigned": sorted(assigned)})
         self.doubted = True
@@ -398,30 +409,59 @@ class _Run:
         if not places:
             return
         firsts = self.consumer.beginning_offsets(list(places.values()), timeout_ms=_ANSWER_MS)
-        known = {p: self.consumer.committed(at, metadata=True, timeout_ms=_ANSWER_MS) for p, at in places.items()}
+        known = self._committed(places)
         moved = []
         for partition, place in places.items():
-            at = firsts[place] if known[partition] is None else known[partition].offset
+            at, first = known[partition], firsts[place]
+            offset = first if at is None else at.offset
+            if partition not in states.held and (followed := self.standby.take(partition)) is not None:
+                states.held[partition] = followed
+                followed.manifests = self._manifests([partition]).get(partition, [])
             held = states.held.get(partition)
-            if held is not None and held.offset == at:
-                held.committed = at
+            if held is not None and first <= held.offset <= offset:
+                held.committed = offset
             else:
                 moved.append(partition)
-        manifests = self._manifests(moved)
-        for partition in moved:
-            known_at, first = known[partition], firsts[places[partition]]
-            begin = first if known_at is None else begin_of(known_at.metadata, first, known_at.offset)
-            committed = first if known_at is None else known_at.offset
-            held = states.restore(partition, begin, committed, manifests.get(partition, []))
-            if held.offset < first:
-                self._lost(partition, held.offset, first)
-                held.begin = held.offset = min(first, committed)
+        for partition, held in self._restored(moved, known, firsts).items():
             self.task.metrics.operator_event("engine", "restored")
-            about = {"partition": partition, "from": held.offset, "committed": committed}
+            about = {"partition": partition, "from": held.offset, "committed": held.committed}
             _LOG.info("restored", extra=about)
         for partition, place in places.items():
             start = reader.begin(partition, states.held[partition].offset)
             self.consumer.seek(place, max(firsts[place], start))
+
+    def _committed(self, partitions: Iterable[int]) -> dict[int, Any]:
+        """What the group has committed of partitions, behind every transaction that is still open on it."""
+        return {
+            p: self.consumer.committed(TopicPartition(self.topic, p), metadata=True, timeout_ms=_ANSWER_MS)
+            for p in partitions
+        }
+
+    def _offsets(self, partitions: Iterable[int]) -> dict[int, int | None]:
+        return {p: None if at is None else at.offset for p, at in self._committed(partitions).items()}
+
+    def _restored(
+        self, partitions: Sequence[int], known: Mapping[int, Any], firsts: Mapping[TopicPartition, int]
+    ) -> dict[int, Held]:
+        """Partitions taken over from their snapshots, or from where their logs begin."""
+        manifests, restored = self._manifests(partitions), {}
+        for partition in partitions:
+            at, first = known[partition], firsts[TopicPartition(self.topic, partition)]
+            begin = first if at is None else begin_of(at.metadata, first, at.offset)
+            committed = first if at is None else at.offset
+            held = self.states.restore(partition, begin, committed, manifests.get(partition, []))
+            if held.offset < first:
+                self._lost(partition, held.offset, first)
+                held.begin = held.offset = min(first, committed)
+            restored[partition] = held
+        return restored
+
+    def _follow(self, partition: int) -> Held:
+        """A partition of somebody else, as far as its newest snapshot."""
+        place = TopicPartition(self.topic, partition)
+        firsts = self.consumer.beginning_offsets([place], timeout_ms=_ANSWER_MS)
+        self._restored([partition], self._committed([partition]), firsts)
+        return self.states.release(partition)
 
     def _manifests(self, partitions: Sequence[int]) -> Mapping[int, list[Manifest]]:
         if self.options.snapshots is None or not partitions:

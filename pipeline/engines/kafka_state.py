@@ -84,6 +84,12 @@ class PartitionStates:
         if self._writing is not None and self._writing[0] == partition:
             self._writing = None  # what it writes is named by nobody
 
+    def release(self, partition: int) -> Held:
+        """A partition is no longer ours to commit; its state stays in the task."""
+        if self._writing is not None and self._writing[0] == partition:
+            self._writing = None
+        return self.held.pop(partition)
+
     def restore(self, partition: int, begin: int, committed: int, manifests: list[Manifest]) -> Held:
         """Takes a partition over: from its newest good snapshot at or below `committed`, else from `begin`."""
         self.drop(partition)

@@ -184,3 +184,24 @@ MORE: dict[str, Any] = {
     "no-answer": no_answer,
 }
 SCENARIOS.update(MORE)
+
+
+def warm_standby(s: Scenario) -> Verdict:
+    """Workers that follow each other's partitions: what one leaves, the other goes on with, without a snapshot."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (15 + 10 * s.times)))
+    for _ in range(2):
+        rig.worker("engine.kafka.standby=true")
+    s.until_output(rig, verifier, 20)
+    taken = []
+    for turn in range(s.times):
+        time.sleep(s.random.uniform(3, 5))
+        rig.workers[turn % 2].kill()
+        taken.append(s.until_output(rig, verifier, 30))
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.seconds["longest until 30 more outputs"] = max(taken)
+    verdict.counts["kills"] = s.times
+    return verdict
+
+
+MORE["warm-standby"] = SCENARIOS["warm-standby"] = warm_standby

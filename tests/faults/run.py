@@ -33,6 +33,7 @@ TIMES = {
     "crash-before-commit": 5,
     "bad-input": 10,
     "no-answer": 3,
+    "warm-standby": 5,
 }
 
 

@@ -18,7 +18,14 @@ from scenarios import SCENARIOS, Scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ONCE = {"kill-brokers": 1, "stop-and-continue": 1, "snapshots-gone": 1, "crash-before-commit": 1, "cut-off": 1}
+ONCE = {
+    "kill-brokers": 1,
+    "stop-and-continue": 1,
+    "snapshots-gone": 1,
+    "crash-before-commit": 1,
+    "cut-off": 1,
+    "warm-standby": 2,
+}
 SOME = {"kill-workers": 4, "come-and-go": 4, "bad-input": 2, "graceful-stops": 2, "no-answer": 1}
 
 
