@@ -30,7 +30,7 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import MemberState, OffsetAndMetadata
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from stepstream.connectors import kafka_client
 from stepstream.connectors.base import Sink, Source
@@ -38,9 +38,9 @@ from stepstream.connectors.kafka import KafkaSink, KafkaSource
 from stepstream.connectors.kafka_client import KafkaUnavailable, reaching
 from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
-from stepstream.pipeline.engines import base
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult
 from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded
+from stepstream.pipeline.engines.kafka_options import KafkaOptions
 from stepstream.pipeline.engines.kafka_standby import Standby
 from stepstream.pipeline.engines.kafka_state import Held, PartitionStates
 from stepstream.pipeline.logs import get_logger
@@ -74,33 +74,11 @@ class KafkaEngine(Engine):
     if another process has the same `instance`.
     """
 
-    class Options(base.Options):
-        """`max_batch`: records of one transaction, for which a poll that found some waits up to `max_wait_ms` more.
-        `snapshots`: a folder or URL (s3://...) that all processes see; without one a start replays the whole log.
-        `snapshot_every_s`: for each partition. `standby`: also follows the partitions that others have, to take them
-        over warm; costs their state's memory, and the model's time once more. `instance`: this process's name, the
-        same after a restart and no other's (a StatefulSet's pod name), so that a start ends at once what the one
-        before had left open; else that takes up to `transaction_timeout_ms`. `session_timeout_ms`: after so long
-        without a sign of life others take over. `max_poll_interval_ms`: after so long with one batch, too.
-        `stop_within_s`: for last snapshots at a graceful stop. `from_partial_state`: goes on, with a warning, where
-        the log no longer holds all that the state is made from.
-        """
-
-        max_batch: int = Field(512, ge=1, le=1 << 20)
-        max_wait_ms: float = Field(0, ge=0, le=60_000)
-        snapshots: str | None = None
-        snapshot_every_s: float = Field(30, ge=0)
-        instance: str | None = Field(None, pattern=r"^[a-zA-Z0-9._-]{1,200}$")
-        session_timeout_ms: int = Field(10_000, ge=1000)
-        transaction_timeout_ms: int = Field(15_000, ge=1000)
-        max_poll_interval_ms: int = Field(120_000, ge=1000)
-        stop_within_s: float = Field(10, ge=0)
-        standby: bool = False
-        from_partial_state: bool = False
+    Options = KafkaOptions
 
     def __init__(self, options: BaseModel) -> None:
-        if not isinstance(options, KafkaEngine.Options):
-            raise TypeError(f"expected KafkaEngine.Options, not {type(options).__name__}")
+        if not isinstance(options, KafkaOptions):
+            raise TypeError(f"expected KafkaOptions, not {type(options).__name__}")
         self.options = options
 
     def run(
@@ -132,7 +110,7 @@ class KafkaEngine(Engine):
 class _Run:
     def __init__(
         self,
-        options: KafkaEngine.Options,
+        options: KafkaOptions,
         task: Task,
         source: KafkaSource,
         sink: Sink,
