@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -195,7 +194,6 @@ class KafkaSink(base.Sink):
     def __init__(self, options: Options) -> None:
         self.options = options
         self._producer: KafkaProducer | None = None
-        self._owned = False
         self._sent: list[Any] = []
 
     @property
@@ -224,42 +222,38 @@ class KafkaSink(base.Sink):
             messages += split(dead_letter_message(letter, self.dead_letter_topic, self.pipeline), options.chunk_bytes)
         return messages
 
-    def use(self, producer: KafkaProducer) -> None:
-        """Publishes through somebody else's producer from now on, who also closes it."""
-        self._producer, self._owned = producer, False
-
     def open(self, position: dict[str, Any] | None) -> None:
         kafka_client.require_topics(self.options, self.topics())
-        self._owned, self._sent = True, []
+        self._sent = []
         self._producer = kafka_client.producer(self.options, self.options.compression)
 
     def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
         assert self._producer is not None
-        # Whose producer it is, knows what its errors mean.
-        with reaching(self.options) if self._owned else contextlib.nullcontext():
-            sent = send_all(self._producer, self.messages(records, dead))
-        if self._owned:
-            self._sent += sent
+        with reaching(self.options):
+            self._sent += send_all(self._producer, self.messages(records, dead))
 
     def prepare(self) -> dict[str, Any]:
-        assert self._producer is not None
         with reaching(self.options):
-            # Not `flush`, which does not tell of what the brokers did not take.
-            for future in self._sent:
-                try:
-                    future.get()
-                except MessageSizeTooLargeError as error:
-                    raise InputError(
-                        f"chunk_bytes: {self.options.chunk_bytes}, and a topic at {self.options.servers} takes no "
-                        "messages of that size; expected less than its max.message.bytes"
-                    ) from error
-            if not self._owned:
-                self._producer.flush()
-        self._sent.clear()
+            self.acknowledged(self._sent)
+        self._sent = []
         return {}
 
+    def acknowledged(self, sent: Iterable[Any]) -> None:
+        """Waits until brokers have taken what was sent. Raises InputError for a message larger than a topic takes.
+
+        Not `flush`, which does not tell of what the brokers did not take.
+        """
+        for future in sent:
+            try:
+                future.get()
+            except MessageSizeTooLargeError as error:
+                raise InputError(
+                    f"chunk_bytes: {self.options.chunk_bytes}, and a topic at {self.options.servers} takes no "
+                    "messages of that size; expected less than its max.message.bytes"
+                ) from error
+
     def close(self) -> None:
-        if self._producer is not None and self._owned:
+        if self._producer is not None:
             self._producer.close()
         self._producer = None
 

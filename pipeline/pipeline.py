@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import stepstream.pipeline.config as config
 import stepstream.pipeline.registry as registry
 import stepstream.pipeline.yamlfile as yamlfile
-from stepstream.connectors.base import DeadLetter, InputError, Sink, Source
+from stepstream.connectors.base import InputError, Sink, Source
 from stepstream.connectors.records import Record
 from stepstream.operators.base import Operator, OptionError
 from stepstream.operators.durations import format_duration
@@ -90,33 +90,10 @@ class Built:
         Raises InputError for what a user can mend and OperatorError for an operator that failed; what was committed
         before stays, and a new run goes on there.
         """
-        sink = self.sink if on_output is None else _Watched(self.sink, on_output)
+        from stepstream.pipeline.engines.base import WatchedSink
+
+        sink = self.sink if on_output is None else WatchedSink(self.sink, on_output)
         return self.engine.run(self.task, self.source, sink, self.state_dir, stop, on_progress)
-
-
-class _Watched(Sink):
-    """A sink whose outputs somebody else sees too."""
-
-    def __init__(self, sink: Sink, seen: Callable[[Sequence[Record]], None]) -> None:
-        self.watched = sink
-        self._seen = seen
-
-    def open(self, position: dict[str, Any] | None) -> None:
-        self.watched.open(position)
-
-    def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
-        self.watched.write(records, dead)
-        if records:
-            self._seen(records)
-
-    def prepare(self) -> dict[str, Any]:
-        return self.watched.prepare()
-
-    def finish(self) -> None:
-        self.watched.finish()
-
-    def close(self) -> None:
-        self.watched.close()
 
 
 class Pipeline:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from stepstream.connectors.base import InputError, Partition, Sink, Source
+from stepstream.connectors.base import DeadLetter, InputError, Partition, Sink, Source
+from stepstream.connectors.records import Record
 from stepstream.pipeline.metrics import Totals
 from stepstream.pipeline.task import Task
 
-__all__ = ["Engine", "EngineError", "Options", "RunResult"]
+__all__ = ["Engine", "EngineError", "Options", "RunResult", "WatchedSink"]
 
 
 class EngineError(InputError):
@@ -80,3 +81,28 @@ class Engine(ABC):
         `state_dir` is where the engine keeps what it needs to go on after a crash; None: nothing is kept.
         Raises InputError (EngineError, SnapshotError) for what a user can mend, OperatorError for a failed operator.
         """
+
+
+class WatchedSink(Sink):
+    """A sink whose outputs somebody else sees too; an engine that does not write to it itself tells `seen`."""
+
+    def __init__(self, sink: Sink, seen: Callable[[Sequence[Record]], None]) -> None:
+        self.watched = sink
+        self.seen = seen
+
+    def open(self, position: dict[str, Any] | None) -> None:
+        self.watched.open(position)
+
+    def write(self, records: Sequence[Record], dead: Sequence[DeadLetter]) -> None:
+        self.watched.write(records, dead)
+        if records:
+            self.seen(records)
+
+    def prepare(self) -> dict[str, Any]:
+        return self.watched.prepare()
+
+    def finish(self) -> None:
+        self.watched.finish()
+
+    def close(self) -> None:
+        self.watched.close()

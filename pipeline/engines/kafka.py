@@ -34,11 +34,11 @@ from pydantic import BaseModel
 
 from stepstream.connectors import kafka_client
 from stepstream.connectors.base import Sink, Source
-from stepstream.connectors.kafka import KafkaSink, KafkaSource
+from stepstream.connectors.kafka import KafkaSink, KafkaSource, send_all
 from stepstream.connectors.kafka_client import KafkaUnavailable, reaching
 from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
-from stepstream.pipeline.engines.base import Engine, EngineError, RunResult
+from stepstream.pipeline.engines.base import Engine, EngineError, RunResult, WatchedSink
 from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded
 from stepstream.pipeline.engines.kafka_options import KafkaOptions
 from stepstream.pipeline.engines.kafka_standby import Standby
@@ -91,7 +91,7 @@ class KafkaEngine(Engine):
         on_progress: Callable[[int, int | None], None] | None = None,
     ) -> RunResult:
         """See `Engine.run`; `state_dir` is not used: what is kept is on the cluster and in `snapshots`."""
-        published = getattr(sink, "watched", sink)
+        published = sink.watched if isinstance(sink, WatchedSink) else sink
         if not isinstance(source, KafkaSource) or not isinstance(published, KafkaSink):
             raise EngineError("engine: kafka runs from a kafka source into a kafka sink; expected both to be kafka")
         if source.options.servers != published.options.servers:
@@ -232,7 +232,6 @@ class _Run:
             producer.close(timeout=0)
             raise
         self.producer = producer
-        self.published.use(producer)
 
     # ---- one turn
 
@@ -305,6 +304,8 @@ class _Run:
         """One transaction: outputs, dead letters, the next offsets, and a manifest if there is one."""
         began, held, producer = time.monotonic(), self.states.held, self.producer
         assert producer is not None
+        # All that the transaction needs, and its very producer: one that was given up must not reach into the next.
+        messages = self.published.messages(outcome.outputs, outcome.dead)
         places = {
             TopicPartition(self.topic, p): OffsetAndMetadata(offset, begin_note(held[p].begin), -1)
             for p, offset in offsets.items()
@@ -312,11 +313,12 @@ class _Run:
 
         def transaction() -> None:
             producer.begin_transaction()
-            self.sink.write(outcome.outputs, outcome.dead)
+            sent = send_all(producer, messages)
             if manifest is not None:
                 m, partition = manifest_message(manifest, manifest_topic(self.group))
                 producer.send(m.topic, m.value, m.key, m.headers, partition)
             producer.send_offsets_to_transaction(places, member)
+            self.published.acknowledged(sent)
             producer.commit_transaction()
 
         bounded(transaction, self.options.transaction_timeout_ms / 1000, "transaction")
@@ -329,6 +331,8 @@ class _Run:
         self.records_out += len(outcome.outputs)
         self.dead += len(outcome.dead)
         self.dead_letters.see(outcome.dead)
+        if isinstance(self.sink, WatchedSink) and outcome.outputs:
+            self.sink.seen(outcome.outputs)
         self.task.metrics.observe_commit(time.monotonic() - began)
         if live:
             self.task.metrics.set_event_time(live[-1].time_ns)
