@@ -130,6 +130,14 @@ class Worker:
     program: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
+    began_at: int = 0
+
+    @property
+    def has_partitions(self) -> bool:
+        """Whether it has been given partitions since it was started."""
+        with self.log.open("rb") as log:
+            log.seek(self.began_at)
+            return b"partitions assigned=[" in log.read().replace(b"assigned=[]", b"")
 
     def start(self) -> None:
         """Starts it."""
@@ -137,6 +145,7 @@ class Worker:
         command = [*program, "run", str(self.pipeline), "--log", "info"]
         command += [f"--set=engine.kafka.instance=w{self.number}", *(f"--set={option}" for option in self.options)]
         with self.log.open("ab") as log:
+            self.began_at = log.tell()
             self.process = subprocess.Popen(
                 [*self.prefix, *command],
                 stdout=log,

@@ -68,14 +68,18 @@ class Scenario:
 
 
 def kill_workers(s: Scenario) -> Verdict:
-    """kill -9 of one of two workers, at random points."""
+    """kill -9 of one of two workers, at random points from the moment on at which it is given partitions."""
     rig = s.rig()
-    publisher, verifier = s.flow(rig, int(s.rate * (10 + 2.6 * s.times)))
+    publisher, verifier = s.flow(rig, int(s.rate * (10 + 5 * s.times)))
     rig.worker(), rig.worker()
     s.until_output(rig, verifier, 20)
     for _ in range(s.times):
-        time.sleep(s.random.uniform(0.2, 4))
-        s.random.choice(rig.workers).kill()
+        worker = s.random.choice(rig.workers)
+        deadline = time.monotonic() + READY_S
+        while not worker.has_partitions and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(s.random.uniform(0, 2))
+        worker.kill()
         rig.supervise()
     verdict = s.finish(rig, publisher, verifier)
     verdict.counts["kills"] = s.times
