@@ -175,7 +175,9 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start compiles all of torch anew
+    return environment
 
 
 @dataclass
