@@ -310,6 +310,7 @@ class Rig:
 
     def undisturbed(self) -> tuple[dict[str, Any], list[DeadLetter]]:
         """The outputs, by origin and path, and dead letters of the whole log in one process."""
+        torch.set_num_threads(1)  # two that wait for each other on a busy machine take minutes
         task = Task(self.pipeline.operators(), Metrics(self.group))
         outputs: dict[str, Any] = {}
         dead: list[DeadLetter] = []
