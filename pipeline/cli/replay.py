@@ -21,7 +21,7 @@ from stepstream.pipeline.cli.common import (
 )
 from stepstream.pipeline.cli.progress import record_progress
 
-__all__ = ["replay"]
+__all__ = ["kafka_options", "replay"]
 
 EXAMPLES = """\b
 Examples:
@@ -66,7 +66,7 @@ def replay(
     from stepstream.pipeline.signals import stop_on_signals
 
     with stop_on_signals() as stop, record_progress(f"replay {path.name}") as update:
-        summary = publish(path, to, speed, form, emit, _kafka_options(servers, settings or []), stop, update)
+        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update)
     if as_json:
         emit_json(summary)
     else:
@@ -76,7 +76,7 @@ def replay(
         )
 
 
-def _kafka_options(servers: str, settings: list[str]) -> dict[str, Any]:
+def kafka_options(servers: str, settings: list[str]) -> dict[str, Any]:
     """`--set a.b=c` as nested options."""
     options: dict[str, Any] = {"servers": servers}
     for name, value in options_from(settings).items():

@@ -19,7 +19,7 @@ from stepstream.pipeline.cli import app
 from stepstream.pipeline.cli.run import scores_table
 
 MAIN = [sys.executable, "-c", "from stepstream.pipeline.cli import main; main()"]
-VERBS = ["demo", "run", "describe", "inspect", "replay", "topics", "train", "evaluate", "models"]
+VERBS = ["demo", "run", "describe", "inspect", "replay", "topics", "dedupe", "train", "evaluate", "models"]
 TOY = """\
 name: toy
 source: {"my_parts:Count": {n: 5}}
