@@ -39,7 +39,7 @@ from stepstream.connectors.kafka_client import KafkaUnavailable, reaching
 from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult, WatchedSink
-from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded
+from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded, is_member, tell_lost
 from stepstream.pipeline.engines.kafka_options import KafkaOptions
 from stepstream.pipeline.engines.kafka_standby import Standby
 from stepstream.pipeline.engines.kafka_state import Held, PartitionStates
@@ -198,6 +198,8 @@ class _Run:
                 manifest = self.states.written_snapshot(wait_s=deadline - time.monotonic())
                 if manifest is not None:
                     member = self.consumer.group_metadata()
+                    if not is_member(member):
+                        break
                     self._commit([], Outcome([], []), {manifest.partition: manifest.offset}, manifest, member)
                 elif not self.states.begin_snapshot(due=False):
                     break
@@ -250,6 +252,9 @@ class _Run:
         self._watch(member)
         if self.rebalances.changed:
             self._rebalance()
+            return
+        if not is_member(member):
+            self.doubted = bool(polled)
             return
         reader, held = self.source.reader, self.states.held
         ahead = {place.partition: messages[-1].offset + 1 for place, messages in polled.items() if messages}
@@ -316,7 +321,7 @@ class _Run:
             sent = send_all(producer, messages)
             if manifest is not None:
                 m, partition = manifest_message(manifest, manifest_topic(self.group))
-                producer.send(m.topic, m.value, m.key, m.headers, partition)
+                sent.append(producer.send(m.topic, m.value, m.key, m.headers, partition))
             producer.send_offsets_to_transaction(places, member)
             self.published.acknowledged(sent)
             producer.commit_transaction()
@@ -361,7 +366,8 @@ class _Run:
             return
         self.task.metrics.operator_event("engine", "aborted")
         _LOG.warning("what is committed is read again", extra={"reason": repr(error)})
-        if isinstance(error, errors.ProducerFencedError):
+        # By its name too: some of the client's errors only quote their cause.
+        if isinstance(error, errors.ProducerFencedError | errors.InvalidProducerEpochError) or "Fenced" in repr(error):
             now = time.monotonic()
             if self.options.instance is not None and now - self.fenced < _FENCED_TWICE_S:
                 raise EngineError(
@@ -414,10 +420,15 @@ class _Run:
 
     def _committed(self, partitions: Iterable[int]) -> dict[int, Any]:
         """What the group has committed of partitions, behind every transaction that is still open on it."""
-        return {
-            p: self.consumer.committed(TopicPartition(self.topic, p), metadata=True, timeout_ms=_ANSWER_MS)
-            for p in partitions
-        }
+        try:
+            return {
+                p: self.consumer.committed(TopicPartition(self.topic, p), metadata=True, timeout_ms=_ANSWER_MS)
+                for p in partitions
+            }
+        except errors.KafkaTimeoutError:
+            # kafka-python 3.0.12 gives the late answer to whoever asks next, as if it were a new one.
+            self.doubted, self.failures = True, _FRESH_AFTER
+            raise
 
     def _offsets(self, partitions: Iterable[int]) -> dict[int, int | None]:
         return {p: None if at is None else at.offset for p, at in self._committed(partitions).items()}
@@ -433,7 +444,7 @@ class _Run:
             committed = first if at is None else at.offset
             held = self.states.restore(partition, begin, committed, manifests.get(partition, []))
             if held.offset < first:
-                self._lost(partition, held.offset, first)
+                tell_lost(self.topic, partition, held.offset, first, go_on=self.options.from_partial_state)
                 held.begin = held.offset = min(first, committed)
             restored[partition] = held
         return restored
@@ -452,15 +463,6 @@ class _Run:
             self.manifests = kafka_client.consumer(self.connection)
         timeout_s = self.options.transaction_timeout_ms / 1000
         return read_manifests(self.manifests, manifest_topic(self.group), self.topic, partitions, timeout_s)
-
-    def _lost(self, partition: int, wanted: int, first: int) -> None:
-        what = (
-            f"the state of {self.topic}/{partition} must be made from offset {wanted} on, and the log begins at "
-            f"{first}: its retention is shorter than the age of the newest good snapshot"
-        )
-        if not self.options.from_partial_state:
-            raise EngineError(f"{what}. from_partial_state: true goes on with what is left")
-        _LOG.error("going on from a partial state", extra={"reason": what})
 
     # ---- what is told
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from kafka import TopicPartition, errors
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 
-__all__ = ["Rebalances", "begin_note", "begin_of", "bounded"]
+from stepstream.pipeline.engines.base import EngineError
+from stepstream.pipeline.logs import get_logger
 
+__all__ = ["Rebalances", "begin_note", "begin_of", "bounded", "is_member", "tell_lost"]
+
+_LOG = get_logger(__name__)
 _BEGIN = "state from {}"
 
 
@@ -54,6 +59,13 @@ def bounded(call: Callable[[], object], within_s: float, name: str) -> None:
         raise failed[0]
 
 
+def is_member(member: Any) -> bool:
+    """Whether the group knows us by this metadata. A member that was put out has none, and a commit without any is
+    checked by nobody: the broker takes it for one from outside of any group, behind the new owner's back.
+    """
+    return bool(member.member_id) and member.generation_id >= 0
+
+
 def begin_note(begin: int) -> str:
     """What is written beside a committed offset: from which record on the state of the partition was made."""
     return _BEGIN.format(begin)
@@ -65,3 +77,14 @@ def begin_of(metadata: str | None, first: int, committed: int) -> int:
     """
     match = re.fullmatch(_BEGIN.format(r"(\d{1,18})"), metadata or "")
     return min(first if match is None else int(match[1]), committed)
+
+
+def tell_lost(topic: str, partition: int, wanted: int, first: int, *, go_on: bool) -> None:
+    """The log no longer holds what a state must be made from: EngineError, or a line in the log if asked to go on."""
+    what = (
+        f"the state of {topic}/{partition} must be made from offset {wanted} on, and the log begins at {first}: "
+        "its retention is shorter than the age of the newest good snapshot"
+    )
+    if not go_on:
+        raise EngineError(f"{what}. from_partial_state: true goes on with what is left")
+    _LOG.error("going on from a partial state", extra={"reason": what})

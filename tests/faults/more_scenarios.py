@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kafka import TopicPartition
+from kafka.admin import MemberToRemove
 from rig import FORECAST, Rig, Verdict, frames
 from scenarios import SCENARIOS, Scenario
 
@@ -177,7 +178,31 @@ def no_answer(s: Scenario) -> Verdict:
     return verdict
 
 
+def put_out(s: Scenario) -> Verdict:
+    """Members are put out of the group while they work: what they have polled is not theirs any more.
+
+    kafka-python 3.0.12 then offers metadata without a member, and brokers check no commit that has none.
+    """
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (12 + 3 * s.times)))
+    rig.worker(), rig.worker()
+    s.until_output(rig, verifier, 20)
+    client = kafka_client.admin(rig.connection)
+    put = 0
+    for _ in range(s.times):
+        time.sleep(s.random.uniform(0.2, 2))
+        members = [m["member_id"] for m in client.describe_groups([rig.group])[rig.group]["members"]]
+        if members:
+            client.remove_group_members(rig.group, [MemberToRemove(member_id=s.random.choice(members))])
+            put += 1
+    client.close()
+    verdict = s.finish(rig, publisher, verifier)
+    verdict.counts["put out"] = put
+    return verdict
+
+
 MORE: dict[str, Any] = {
+    "put-out": put_out,
     "cut-off": cut_off,
     "crash-before-commit": crash_before_commit,
     "bad-input": bad_input,

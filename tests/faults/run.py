@@ -29,6 +29,7 @@ TIMES = {
     "come-and-go": 12,
     "snapshots-gone": 3,
     "graceful-stops": 8,
+    "put-out": 20,
     "cut-off": 5,
     "crash-before-commit": 5,
     "bad-input": 10,

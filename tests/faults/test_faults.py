@@ -27,6 +27,7 @@ TIMES = {
     "bad-input": 1,
     "warm-standby": 1,
     "cut-off": 1,
+    "put-out": 6,
 }
 
 
@@ -49,6 +50,8 @@ def says(name: str, verdict: Verdict) -> bool:
         return counts["crashes"] == 1
     if name == "bad-input":
         return counts["dead letters"] >= counts["corrupt"] > 0 and counts["twice"] > 0
+    if name == "put-out":
+        return counts["put out"] > 0
     if name == "kill-workers":
         return counts["starts"] == 2 + counts["kills"]
     return True
