@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +33,9 @@ USER, PASSWORD = "alice", "wonderland-7"
 _POM = Path(__file__).with_name("pom.xml")
 _PR_SET_PDEATHSIG = 1
 _JAVA = ("java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+_BROKER = ("-Xmx384m", "-Dlog4j2.level=INFO")
+_SPAWNER = ThreadPoolExecutor(1, "spawner")
+"""PR_SET_PDEATHSIG takes the *thread* that starts a process for its parent: this one lives as long as we do."""
 
 
 def _java_version() -> int:
@@ -54,7 +59,9 @@ def _libraries() -> Path:
             half = folder / "half"
             shutil.rmtree(half, ignore_errors=True)
             command = ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies", "-DincludeScope=runtime"]
-            subprocess.run([*command, f"-DoutputDirectory={half}"], check=True, capture_output=True, timeout=300)
+            subprocess.run(
+                [*command, f"-DoutputDirectory={half}"], check=True, capture_output=True, text=True, timeout=300
+            )
             half.rename(libraries)
     return libraries
 
@@ -67,15 +74,23 @@ def unavailable() -> str | None:
         _libraries()
     except FileNotFoundError:
         return "no Maven to fetch Kafka's jars with"
-    except subprocess.SubprocessError as error:
+    except subprocess.CalledProcessError as error:
+        said = (error.stdout + error.stderr).strip().splitlines() or ["no reason"]
+        return f"Kafka's jars cannot be fetched: {said[0]}"
+    except (subprocess.SubprocessError, OSError) as error:
         return f"Kafka's jars cannot be fetched: {error}"
     return None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """Below those that Linux gives to outgoing connections: a client must not get the port of a broker that is down."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                found.add(port)
+    return list(found)
 
 
 def die_with_parent() -> None:
@@ -94,7 +109,8 @@ class Cluster:
         self.options = {name.replace("_", "."): value for name, value in options.items()}
         self.id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         names = ("PLAINTEXT", "CONTROLLER", *(("SASL_PLAINTEXT", "SSL") if secure else ()))
-        self.ports = {node: {name: _free_port() for name in names} for node in range(1, nodes + 1)}
+        free = iter(_free_ports(nodes * len(names)))
+        self.ports = {node: {name: next(free) for name in names} for node in range(1, nodes + 1)}
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def servers(self, listener: str = "PLAINTEXT") -> str:
@@ -110,13 +126,21 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.secure:
             self._make_certificate()
-        for node in self.ports:
-            self._configure(node)
-            self.start(node)
-        self.wait_ready()
+        try:
+            for node in self.ports:
+                self._configure(node)
+                self.start(node)
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """kill -9 for every node."""
         for process in self.processes.values():
             process.kill()
         for process in self.processes.values():
@@ -128,13 +152,14 @@ class Cluster:
         """Starts a node, with the ports and data that it had."""
         libraries = _libraries() / "*"
         with (self.folder / f"node-{node}.log").open("ab") as log:
-            self.processes[node] = subprocess.Popen(
-                [*_JAVA, "-Xmx384m", "-cp", str(libraries), "kafka.Kafka", str(self._properties(node))],
+            self.processes[node] = _SPAWNER.submit(
+                subprocess.Popen,
+                [*_JAVA, *_BROKER, "-cp", str(libraries), "kafka.Kafka", str(self._properties(node))],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 preexec_fn=die_with_parent,
-            )
+            ).result()
 
     def kill(self, node: int) -> None:
         """kill -9."""
