@@ -264,7 +264,8 @@ class _Run:
         self._replay(old)
         outcome = self.task.process(live)
         for partition, offset in ahead.items():
-            held[partition].offset = offset
+            # Reading begins before the state's offset, for chunks: what comes first there is behind the state.
+            held[partition].offset = max(held[partition].offset, offset)
         moved = {p: o for p, o in ahead.items() if o > held[p].committed}
         manifest = self.states.written_snapshot()
         if moved or manifest is not None:

@@ -50,6 +50,8 @@ def says(name: str, verdict: Verdict) -> bool:
         return counts["crashes"] == 1
     if name == "bad-input":
         return counts["dead letters"] >= counts["corrupt"] > 0 and counts["twice"] > 0
+    if name == "cut-off":
+        return counts["cuts"] > 0
     if name == "put-out":
         return counts["put out"] > 0
     if name == "kill-workers":
