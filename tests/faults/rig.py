@@ -310,7 +310,14 @@ class Rig:
 
     def undisturbed(self) -> tuple[dict[str, Any], list[DeadLetter]]:
         """The outputs, by origin and path, and dead letters of the whole log in one process."""
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # two that wait for each other on a busy machine take minutes
+        try:
+            return self._undisturbed()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _undisturbed(self) -> tuple[dict[str, Any], list[DeadLetter]]:
         task = Task(self.pipeline.operators(), Metrics(self.group))
         outputs: dict[str, Any] = {}
         dead: list[DeadLetter] = []

@@ -380,8 +380,18 @@ SECRET = "rabbit-hole-9"
     ("listener", "security", "reason"),
     [
         pytest.param(None, {}, "refused|ECONNREFUSED|Connect", id="nobody-listens"),
-        pytest.param("SASL_PLAINTEXT", sasl("PLAIN", SECRET), "credentials", id="wrong-password-plain"),
-        pytest.param("SASL_PLAINTEXT", sasl("SCRAM-SHA-512", SECRET), "credentials", id="wrong-password-scram"),
+        pytest.param(
+            "SASL_PLAINTEXT",
+            sasl("PLAIN", SECRET),
+            "credentials|Invalid username or password",
+            id="wrong-password-plain",
+        ),
+        pytest.param(
+            "SASL_PLAINTEXT",
+            sasl("SCRAM-SHA-512", SECRET),
+            "credentials|Authentication failed",
+            id="wrong-password-scram",
+        ),
         pytest.param("SASL_PLAINTEXT", {}, "TLS or SASL", id="no-password"),
         pytest.param("SASL_PLAINTEXT", sasl("SCRAM-SHA-256"), "credentials", id="not-offered"),
         pytest.param("SSL", {"protocol": "SSL"}, "certificate", id="authority-not-known"),
