@@ -48,8 +48,8 @@ def cut_off(s: Scenario) -> Verdict:
     """One of two workers loses its network, in mid-commit if it is in one, past its session timeout."""
     # A folder that this user can reach: a test's own is root's alone, all the way up.
     rig = dataclasses.replace(s, folder=Path(tempfile.mkdtemp(prefix="stepstream-cut-"))).rig()
-    for folder in (rig.folder, rig.folder.parent):
-        folder.chmod(0o777)
+    for path in (rig.folder.parent, rig.folder, *rig.folder.rglob("*")):
+        path.chmod(0o777)
     publisher, verifier = s.flow(rig, int(s.rate * (12 + 18 * s.times)))
     user = str(CUT_USER)
     rig.worker(prefix=("setpriv", "--reuid", user, "--regid", user, "--clear-groups"))
