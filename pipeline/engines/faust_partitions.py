@@ -18,7 +18,7 @@ from stepstream.pipeline.logs import get_logger
 from stepstream.pipeline.task import Task
 
 if TYPE_CHECKING:
-    from stepstream.pipeline.engines.faust import FaustEngine
+    from stepstream.pipeline.engines.faust_options import FaustOptions
 
 __all__ = ["Partitions"]
 
@@ -37,7 +37,7 @@ class Partitions:
         source: KafkaSource,
         states: PartitionStates,
         log: InputLog,
-        options: FaustEngine.Options,
+        options: FaustOptions,
         disturbed: Callable[[], bool],
     ) -> None:
         self._task, self._source, self._states, self._log = task, source, states, log

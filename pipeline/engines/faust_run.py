@@ -42,7 +42,7 @@ from stepstream.pipeline.manifests import Manifest, manifest_message, manifest_t
 from stepstream.pipeline.task import Outcome, Task
 
 if TYPE_CHECKING:
-    from stepstream.pipeline.engines.faust import FaustEngine
+    from stepstream.pipeline.engines.faust_options import FaustOptions
 
 __all__ = ["FaustRun"]
 
@@ -66,7 +66,7 @@ class FaustRun:
 
     def __init__(
         self,
-        options: FaustEngine.Options,
+        options: FaustOptions,
         task: Task,
         source: KafkaSource,
         sink: Sink,

@@ -59,7 +59,6 @@ _POLL_MS = 500
 """A poll returns as soon as there are records. With 20 ms kafka-python 3.0.12 hardly ever completed a rebalance: what a
 join has led to between two polls is thrown away, and the group begins again."""
 _ANSWER_MS = 10_000
-_ABORT_S = 5.0
 _FRESH_AFTER = 2
 """Failures in a row after which all clients are made anew: after a broker's death kafka-python 3.0.12 was seen to ask
 the dead leader for offsets for minutes."""
@@ -380,13 +379,11 @@ class _Run:
         self.failures += 1
         producer, self.producer = self.producer, None
         if producer is not None:
-            try:
-                bounded(producer.abort_transaction, _ABORT_S, "abort")
-                self.producer = producer
-            except Exception:  # noqa: BLE001 whatever it is: a new producer under the same id ends what was open
-                with contextlib.suppress(Exception):
-                    producer.close(timeout=0)
-        if self.producer is None:
+            # Never used again: kafka-python 3.0.12 keeps the offsets of a transaction that failed and commits them with
+            # the next one, whose outputs are others. A new producer under the same id ends what was open.
+            with contextlib.suppress(Exception):
+                producer.close(timeout=0)
+        if self.failures > 1 or isinstance(error, KafkaUnavailable):
             self.stop.wait(_PATIENCE_S)
 
     def _settle(self) -> None:

@@ -18,7 +18,6 @@ from scenarios import SCENARIOS, Scenario
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# Not "put-out": it is not exact every time yet (see docs/kafka.md), and the long run shows it.
 TIMES = {
     "kill-workers": 3,
     "kill-brokers": 1,
@@ -28,6 +27,7 @@ TIMES = {
     "bad-input": 1,
     "warm-standby": 1,
     "cut-off": 1,
+    "put-out": 6,
 }
 
 
