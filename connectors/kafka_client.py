@@ -142,7 +142,7 @@ class _Heard(logging.Handler):
 
     def best(self) -> str:
         """The most telling one: a refusal is heard less often than a connection that it closed."""
-        telling = [reason for reason in self.reasons if re.search("auth|ssl|certificate", reason, re.IGNORECASE)]
+        telling = [reason for reason in self.reasons if re.search("auth|ssl|sasl|certificate", reason, re.IGNORECASE)]
         # The last attempt ends with our patience and says no more than that.
         answered = [reason for reason in self.reasons if "RequestTimedOut" not in reason]
         return (telling or answered or self.reasons or [""])[-1]
@@ -161,7 +161,9 @@ def reaching(connection: Connection) -> Iterator[None]:
     except (errors.KafkaError, OSError) as error:
         why = heard.best()
         hint = ""
-        if connection.security.protocol == "PLAINTEXT" and "disconnected" in why:
+        if "UnsupportedSaslMechanism" in why:
+            hint = f"; the broker does not offer {connection.security.mechanism}"
+        elif connection.security.protocol == "PLAINTEXT" and "disconnected" in why:
             hint = "; does it want TLS or SASL (`security`)?"
         elif connection.security.protocol != "PLAINTEXT" and "disconnected" in why:
             hint = "; are the credentials and the certificates right?"

@@ -3,99 +3,29 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 pytest.importorskip("kafka", reason="kafka-python is not installed")
 
-import kafka
-from cluster import PASSWORD, USER
 from kafka import TopicPartition
+from records_on_kafka import START_NS, STEP_NS, NewTopic, messages, publish, readings, rest, send, source_of, take
 from strategies import same
 
 from stepstream.connectors import kafka_client
 from stepstream.connectors.base import DeadLetter, InputError, Undecodable
 from stepstream.connectors.kafka import KafkaSink, KafkaSource
 from stepstream.connectors.kafka_chunks import SPAN
-from stepstream.connectors.kafka_client import Connection, KafkaUnavailable, Security
+from stepstream.connectors.kafka_client import Connection
 from stepstream.connectors.kafka_messages import headers_of, output_id
 from stepstream.connectors.records import Forecast, Origin, Reading, Record, SensorFrame
-from stepstream.pipeline.cli import app
 from stepstream.pipeline.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from cluster import Cluster
-
-NewTopic = Callable[..., str]
-START_NS = 1_330_560_000_000_000_000
-STEP_NS = 300 * 10**9
-
-
-def publish(
-    broker: Cluster, topic: str, records: Sequence[Record], dead: Sequence[DeadLetter] = (), **given: Any
-) -> None:
-    options = {"servers": broker.servers(), "topic": topic, "dead_letters": topic, **given}
-    sink = KafkaSink(KafkaSink.Options.model_validate(options))
-    sink.pipeline = "p"
-    sink.open(None)
-    try:
-        sink.write(records, dead)
-        assert sink.prepare() == {}
-    finally:
-        sink.close()
-
-
-def source_of(broker: Cluster, topic: str, **given: Any) -> KafkaSource:
-    return KafkaSource(KafkaSource.Options.model_validate({"servers": broker.servers(), "topic": topic, **given}))
-
-
-def take(source: KafkaSource, count: int, most: int = 500, wait_s: float = 30) -> list[Record]:
-    """The next `count` records."""
-    found: list[Record] = []
-    deadline = time.monotonic() + wait_s
-    while len(found) < count and time.monotonic() < deadline:
-        found += source.poll(min(most, count - len(found)), 0.2)
-    assert len(found) == count
-    return found
-
-
-def rest(source: KafkaSource) -> list[Record]:
-    """What else is there."""
-    return source.poll(500, 0.5) + source.poll(500, 0.2)
-
-
-def messages(broker: Cluster, topic: str, count: int) -> list[Any]:
-    consumer = kafka_client.consumer(Connection(servers=broker.servers()))
-    places = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic))]
-    consumer.assign(places)
-    consumer.seek_to_beginning()
-    found: list[Any] = []
-    deadline = time.monotonic() + 30
-    while len(found) < count and time.monotonic() < deadline:
-        found += [message for polled in consumer.poll(timeout_ms=200).values() for message in polled]
-    consumer.close(autocommit=False)
-    assert len(found) == count
-    return found
-
-
-def send(broker: Cluster, topic: str, *values: bytes | None, key: bytes | None = b"k", **headers: str) -> None:
-    producer = kafka_client.producer(Connection(servers=broker.servers()))
-    given = [(name.replace("_", "-"), text.encode()) for name, text in headers.items()]
-    for future in [producer.send(topic, value, key=key, headers=given) for value in values]:
-        future.get(30)
-    producer.close()
-
-
-def readings(count: int, keys: int = 1) -> list[Record]:
-    return [
-        Record(f"key-{i % keys}", START_NS + i * STEP_NS, Reading(f"s{i % 3}", i / 4), Origin("in", 0, i), (i % 2,))
-        for i in range(count)
-    ]
 
 
 def large(number: int, sensors: int = 1700) -> Record:
@@ -351,139 +281,7 @@ def test_a_topic_that_is_not_there(broker: Cluster, new_topic: NewTopic) -> None
         publish(broker, here, [], dead_letters="a.dead", topics={"score": "b"})
 
 
-def sasl(mechanism: str, password: str = PASSWORD) -> dict[str, Any]:
-    return {"protocol": "SASL_PLAINTEXT", "mechanism": mechanism, "username": USER, "password": password}
-
-
-@pytest.mark.parametrize("way", ["PLAIN", "SCRAM-SHA-512", "SSL"])
-def test_ways_to_be_let_in(broker: Cluster, new_topic: NewTopic, way: str) -> None:
-    topic = new_topic()
-    if way == "SSL":
-        given = {"servers": broker.servers("SSL"), "security": {"protocol": "SSL", "ca_file": str(broker.ca_file)}}
-    else:
-        given = {"servers": broker.servers("SASL_PLAINTEXT"), "security": sasl(way)}
-    publish(broker, topic, readings(3), **given)
-    assert [record.value.value for record in take(source_of(broker, topic, **given), 3)] == [0, 0.25, 0.5]
-
-
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that give up after a moment, not thirty seconds."""
-    for client in (kafka.KafkaAdminClient, kafka.KafkaConsumer, kafka.KafkaProducer):
-        monkeypatch.setitem(client.DEFAULT_CONFIG, "bootstrap_timeout_ms", 1500)
-
-
-SECRET = "rabbit-hole-9"
-
-
-@pytest.mark.parametrize(
-    ("listener", "security", "reason"),
-    [
-        pytest.param(None, {}, "refused|ECONNREFUSED|Connect", id="nobody-listens"),
-        pytest.param(
-            "SASL_PLAINTEXT",
-            sasl("PLAIN", SECRET),
-            "credentials|Invalid username or password",
-            id="wrong-password-plain",
-        ),
-        pytest.param(
-            "SASL_PLAINTEXT",
-            sasl("SCRAM-SHA-512", SECRET),
-            "credentials|Authentication failed",
-            id="wrong-password-scram",
-        ),
-        pytest.param("SASL_PLAINTEXT", {}, "TLS or SASL", id="no-password"),
-        pytest.param("SASL_PLAINTEXT", sasl("SCRAM-SHA-256"), "credentials", id="not-offered"),
-        pytest.param("SSL", {"protocol": "SSL"}, "certificate", id="authority-not-known"),
-        pytest.param("SSL", {}, "TLS or SASL", id="plain-to-tls"),
-        pytest.param("PLAINTEXT", {"protocol": "SSL"}, "ssl|SSL|certificates", id="tls-to-plain"),
-    ],
-)
-@pytest.mark.usefixtures("soon")
-def test_why_we_are_not_let_in(broker: Cluster, listener: str | None, security: dict[str, Any], reason: str) -> None:
-    servers = "127.0.0.1:1" if listener is None else broker.servers(listener)
-    source = KafkaSource(KafkaSource.Options.model_validate({"servers": servers, "topic": "t", "security": security}))
-    with pytest.raises(KafkaUnavailable, match=reason) as raised:
-        source.partitions()
-    told = str(raised.value)
-    assert told.startswith(f"Kafka at {servers} cannot be used: ")
-    assert "\n" not in told
-    assert SECRET not in told
-    assert PASSWORD not in told
-
-
-@pytest.mark.parametrize("servers", ["", ",", "a:b", "a:b:c", "a b:1", "[::1", "http://a:1"])
-def test_servers_that_are_none(servers: str) -> None:
-    with pytest.raises(ValueError, match="host:port|at least 1 character"):
-        Connection(servers=servers)
-
-
-def test_servers_that_are_some() -> None:
-    for servers in ("a", "a:1", "a:1, b-c.d:99", "[::1]:9092", "127.0.0.1:1,"):
-        assert Connection(servers=servers).servers == servers
-    assert Connection(servers=" a:1, b:2 ,").configs()["bootstrap_servers"] == ["a:1", "b:2"]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"protocol": "SASL_SSL"}, "needs mechanism, username and password"),
-        (sasl("PLAIN") | {"protocol": "SSL"}, "need protocol SASL_PLAINTEXT or SASL_SSL, not SSL"),
-        ({"ca_file": "x"}, "need protocol SSL or SASL_SSL, not PLAINTEXT"),
-        (sasl("GSSAPI"), "mechanism"),
-    ],
-)
-def test_security_that_does_not_fit_together(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Security.model_validate(given)
-
-
-def test_a_certificate_that_is_not_there() -> None:
-    security = Security.model_validate({"protocol": "SSL", "ca_file": "/no/such.pem"})
-    with pytest.raises(InputError, match=r"security.ca_file: there is no file /no/such.pem"):
-        kafka_client.admin(Connection(security=security))
-
-
-@pytest.mark.parametrize(("compression", "package"), [("snappy", "snappy"), ("lz4", "lz4"), ("zstd", "zstandard")])
-def test_a_codec_whose_package_is_missing_says_which(
-    broker: Cluster, new_topic: NewTopic, monkeypatch: pytest.MonkeyPatch, compression: str, package: str
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
-    with pytest.raises(InputError, match=f"compression: {compression} needs the package {package}, which is not inst"):
-        publish(broker, new_topic(), [], compression=compression)
-
-
 # ---- pipelines
-
-SECURE = """\
-name: la
-source: {kafka: {topic: in, security: {protocol: SASL_SSL, mechanism: PLAIN, username: u, password: "${HOLE}"}}}
-sink: {kafka: {topic: out, security: {protocol: SSL, key_file: k.pem, key_password: "${HOLE}"}}}
-"""
-
-
-def test_secrets_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOLE", SECRET)
-    file = tmp_path / "p.yaml"
-    file.write_text(SECURE)
-    config = Pipeline.from_file(file, [], {"HOLE": SECRET}).config
-    options = config.source.options
-    assert isinstance(options, KafkaSource.Options)
-    assert options.security.configs()["sasl_plain_password"] == SECRET
-    for shown in (repr(options), str(options), repr(config.sink.options), options.model_dump_json()):
-        assert SECRET not in shown
-    for args in (["describe", str(file), "--json"], ["describe", str(file)]):
-        result = CliRunner().invoke(app, args)
-        assert result.exit_code == 0, result.stderr
-        assert SECRET not in result.output
-        assert "SASL_SSL" in result.output
-    for line in ("{password: HOLE, protocol: PLAINTEXT}", "{password: HOLE, mechanism: X}", "{password: [HOLE]}"):
-        file.write_text(
-            f"name: la\nsource: {{kafka: {{topic: in, security: {line}}}}}\nsink: null\n".replace("HOLE", SECRET)
-        )
-        result = CliRunner().invoke(app, ["describe", str(file)])
-        assert (result.exit_code, SECRET in result.output) == (2, False)
-        assert "security" in result.stderr
 
 
 def written(folder: Path) -> dict[str, bytes]:
