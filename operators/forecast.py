@@ -56,6 +56,9 @@ class ForecastOptions(InferOptions):
 class Forecaster(Infer):
     """One forecast for each frame of each network (the record's key), from a model whose task is "traffic".
 
+    With a model whose receptive field is bounded, what it says of a frame is decided by so many frames of the network:
+    a value from before them has no age, and a foreign sensor that was not in them is reported anew.
+
     Sensors are matched to the model's by name. A sensor that the model does not know is left out, counted as
     `unknown_sensor` at every value, and reported once per key to the dead letters. One that the frame does not name is
     unobserved and counted as `absent_sensors` at every frame; the log says once per key how many have not been named
@@ -85,6 +88,8 @@ class Forecaster(Infer):
         self.horizons = options.horizons or available
         if self.horizons > available:
             raise ValueError(f"horizons is {self.horizons}: the weights forecast {available}")
+        self.reach = loaded.model.receptive_field
+        self._oldest_s = np.float32(np.inf if self.reach is None else (self.reach - 1) * self.card.step_s)
         self._horizons_s = tuple(h * self.card.step_s for h in range(1, self.horizons + 1))
         self._index = {sensor: i for i, sensor in enumerate(self.card.sensors)}
         self._columns: tuple[tuple[str, ...], np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None
@@ -97,7 +102,9 @@ class Forecaster(Infer):
         return bool(record.value.restart)
 
     def fresh_memory(self) -> dict[str, Any]:
-        """Age of each sensor's last value, steps since anything was seen, time of the last frame, names reported."""
+        """Age of each sensor's last value, steps since anything was seen, time of the last frame; names reported, each
+        with the frames since it was last seen.
+        """
         age = np.full(len(self.card.sensors), np.inf, dtype=np.float32)
         return {"age_s": age, "unseen": -1, "time_ns": None, "unknown": []}
 
@@ -141,10 +148,11 @@ class Forecaster(Infer):
         context.count("unknown_sensor", len(unknown))
         if self._foreign(frame):
             return
-        reported = self.memory[record.key]["unknown"]
-        new = sorted(set(unknown) - set(reported))
+        reported = dict(self.memory[record.key]["unknown"])
+        new = sorted(set(unknown) - reported.keys())
+        ages = reported | dict.fromkeys(unknown, 0)
+        self.memory[record.key]["unknown"] = [[name, ages[name]] for name in sorted(ages)]
         if new:
-            self.memory[record.key]["unknown"] = reported + new
             context.dead_letter(
                 record, f"sensor {some(new)}: not among the {len(self._index)} sensors of {self.options.weights}"
             )
@@ -162,6 +170,8 @@ class Forecaster(Infer):
                     f"frames of {record.key!r} come {(record.time_ns - last) / SECOND_NS:g} s apart: "
                     f"the weights expect {self.card.step_s} s (option `every` of `align`)"
                 )
+            if memory["unknown"] and self.reach is not None:
+                memory["unknown"] = [[name, n + 1] for name, n in memory["unknown"] if n + 1 < self.reach]
             known, target = self._match(record.value.sensors)
             if len(known) < len(record.value.sensors):
                 self._report_unknown(record, context)
@@ -177,7 +187,8 @@ class Forecaster(Infer):
             slot[i] = seconds % DAY_S // self.card.step_s
             day[i] = (seconds // DAY_S + 3) % 7  # 1970-01-01 was a Thursday
             memory["time_ns"] = record.time_ns
-            memory["age_s"] = np.where(observed[i], np.float32(0), memory["age_s"] + np.float32(self.card.step_s))
+            age_s = np.where(observed[i], np.float32(0), memory["age_s"] + np.float32(self.card.step_s))
+            memory["age_s"] = np.where(age_s <= self._oldest_s, age_s, np.float32(np.inf))
             memory["unseen"] = 0 if observed[i].any() else memory["unseen"] + (memory["unseen"] >= 0)
             if self._blind(memory) and not foreign:
                 context.count("blind")

@@ -19,6 +19,7 @@ class Null(Operator):
 
     consumes: ClassVar[tuple[type, ...]] = (Reading, SensorFrame)
     emits: ClassVar[tuple[type, ...]] = (Reading, SensorFrame)
+    reach = 0
 
     def __init__(self, options: Options) -> None:
         self.options = options

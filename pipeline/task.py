@@ -433,6 +433,24 @@ class Task:
             for seen in self._seen.values():
                 seen.discard(key)
 
+    @property
+    def reach(self) -> int | None:
+        """How many of a key's last records (those that `reaches` counts) its state is made of; 0: it has none; None: it
+        may be all of them. Known for a chain in which at most one operator keeps state, and is given input as it came.
+        """
+        reaches = [operator.reach for _, operator in self.operators]
+        keeping = [index for index, reach in enumerate(reaches) if reach != 0]
+        if not keeping:
+            return 0
+        first = keeping[0]
+        stage = self._stages[first]
+        derived = any(stage.takes(kind) for before in self._stages[:first] for kind in before.emits)
+        return None if derived or len(keeping) > 1 else reaches[first]
+
+    def reaches(self, record: Record) -> bool:
+        """Whether an input record is one of those of which `reach` speaks."""
+        return any(stage.operator.reach != 0 and stage.takes(type(record.value)) for stage in self._stages)
+
     def fingerprint(self) -> list[dict[str, Any]]:
         """What the state depends on besides the log: each operator's name, type, options and weights, as JSON values.
 

@@ -312,7 +312,7 @@ class _Run:
         # All that the transaction needs, and its very producer: one that was given up must not reach into the next.
         messages = self.published.messages(outcome.outputs, outcome.dead)
         places = {
-            TopicPartition(self.topic, p): OffsetAndMetadata(offset, begin_note(held[p].begin), -1)
+            TopicPartition(self.topic, p): OffsetAndMetadata(offset, begin_note(self.states.begin(p)), -1)
             for p, offset in offsets.items()
         }
 

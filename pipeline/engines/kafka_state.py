@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Held:
     """One partition: its state is a function of the records from `begin` to `offset`; `committed` is Kafka's offset.
 
     While `offset` < `committed` the log is replayed: outputs of it are published already. `begin` is 0 or where the
-    log began when the group first came to it.
+    log began when the group first came to it, or the offset behind which all records are that its keys still reach.
     """
 
     begin: int
@@ -51,6 +52,9 @@ class PartitionStates:
         self._place, self._every_s = snapshots, every_s
         self._fingerprint = task.fingerprint()
         self._owners: dict[str, int] = {}
+        # With snapshots nobody seeks back; and what a snapshot was made from is not known record by record.
+        self._reach = None if snapshots else task.reach
+        self._reached: defaultdict[int, dict[str, deque[int]]] = defaultdict(dict)
         self._writer = ThreadPoolExecutor(1, "snapshots")
         self._writing: tuple[int, int, Future[SnapshotRef]] | None = None
         self._alarmed = -_ALARM_EVERY_S
@@ -71,8 +75,25 @@ class PartitionStates:
                 reason = f"key: {record.key!r} belongs to partition {owner}, and its state cannot be on two"
                 value = Undecodable(record_to_json(record), reason)
                 record = Record(record.key, record.time_ns, value, record.origin)
+            elif self._reach:
+                self._note(record, self._reach)
             admitted.append(record)
         return admitted
+
+    def _note(self, record: Record, reach: int) -> None:
+        if self.task.reaches(record):
+            offsets = self._reached[record.origin.partition].setdefault(record.key, deque(maxlen=reach))
+            if not offsets or record.origin.offset > offsets[-1]:
+                offsets.append(record.origin.offset)
+
+    def begin(self, partition: int) -> int:
+        """From where on the log makes the partition's state: of each key, the last records that its state reaches."""
+        held = self.held[partition]
+        if self._reach is not None:
+            # A key with fewer than it reaches has not had more since `begin`, which was right for what came before.
+            firsts = (offsets[0] for offsets in self._reached[partition].values())
+            held.begin = max(held.begin, min(firsts, default=held.offset))
+        return held.begin
 
     # ---- partitions come and go
 
@@ -80,6 +101,7 @@ class PartitionStates:
         """Forgets all of a partition."""
         self.task.drop(self.task.keys(self.place(partition)))
         self._owners = {key: owner for key, owner in self._owners.items() if owner != partition}
+        self._reached.pop(partition, None)
         self.held.pop(partition, None)
         if self._writing is not None and self._writing[0] == partition:
             self._writing = None  # what it writes is named by nobody

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from kafka import TopicPartition
 from kafka.admin import MemberToRemove
@@ -207,16 +207,6 @@ def put_out(s: Scenario) -> Verdict:
     return verdict
 
 
-MORE: dict[str, Any] = {
-    "put-out": put_out,
-    "cut-off": cut_off,
-    "crash-before-commit": crash_before_commit,
-    "bad-input": bad_input,
-    "no-answer": no_answer,
-}
-SCENARIOS.update(MORE)
-
-
 def warm_standby(s: Scenario) -> Verdict:
     """Workers that follow each other's partitions: what one leaves, the other goes on with, without a snapshot."""
     rig = s.rig()
@@ -235,4 +225,29 @@ def warm_standby(s: Scenario) -> Verdict:
     return verdict
 
 
-MORE["warm-standby"] = SCENARIOS["warm-standby"] = warm_standby
+def seek_back(s: Scenario) -> Verdict:
+    """No snapshots at all: whoever takes over reads again as many frames as the model looks back on, and no more."""
+    rig = s.rig()
+    publisher, verifier = s.flow(rig, int(s.rate * (15 + 8 * s.times)))
+    for _ in range(2):
+        rig.worker("engine.kafka.snapshots=null")
+    s.until_output(rig, verifier, 400)
+    for turn in range(s.times):
+        rig.workers[turn % 2].kill()
+        s.until_output(rig, verifier, 150)
+    logs = "".join(worker.log.read_text() for worker in rig.workers)
+    verdict = s.finish(rig, publisher, verifier)
+    again = [int(m[2]) - int(m[1]) for m in re.finditer(r"restored .*from=(\d+) committed=(\d+)", logs)]
+    verdict.counts |= {"kills": s.times, "most records read again": max(again)}
+    return verdict
+
+
+SCENARIOS |= {
+    "put-out": put_out,
+    "cut-off": cut_off,
+    "crash-before-commit": crash_before_commit,
+    "bad-input": bad_input,
+    "no-answer": no_answer,
+    "warm-standby": warm_standby,
+    "seek-back": seek_back,
+}

@@ -35,6 +35,7 @@ TIMES = {
     "bad-input": 10,
     "no-answer": 3,
     "warm-standby": 5,
+    "seek-back": 5,
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.support import SECOND, RecordingContext, frame
 
 from stepstream.connectors.records import Forecast, Record
@@ -134,7 +136,33 @@ def test_it_says_how_old_its_knowledge_is_and_when_it_knows_nothing(weights: Pat
     outputs: list[Forecast] = [r.value for r in forecaster(weights).process(stream, RecordingContext())]
     assert [o.blind for o in outputs] == [False] * field + [True] * 3 + [False]
     assert outputs[2].age_s.tolist() == [2 * STEP_S, 2 * STEP_S, np.inf]
-    assert outputs[-1].age_s.tolist() == [(field + 3) * STEP_S, 0, np.inf]
+    assert outputs[field - 1].age_s.tolist() == [(field - 1) * STEP_S, (field - 1) * STEP_S, np.inf]
+    assert outputs[-1].age_s.tolist() == [np.inf, 0, np.inf]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 60), st.integers(0, 9), st.sets(st.integers(1, 69), max_size=4), st.floats(0, 1))
+def test_what_it_says_is_decided_by_as_many_frames_as_it_reaches(
+    weights: Path, cut: int, seed: int, restarts: set[int], seen: float
+) -> None:
+    stream, random = [], np.random.default_rng(seed)
+    for i in range(70):
+        names = [*SENSORS, "stranger", "another"]
+        found = [float(v) if random.random() < seen else None for v in random.normal(50, 10, 3)]
+        found += [1.0 if random.random() < 0.08 else None for _ in range(2)]
+        stream.append(frame(i, i * STEP_S * SECOND, names, found, restart=i == 0 or i in restarts))
+    outcomes = []
+    reach = forecaster(weights).reach
+    assert reach == 2 * 3 + 3
+    for first in (0, max(0, cut - reach)):
+        operator, context = forecaster(weights), RecordingContext()
+        operator.process(stream[first:cut], RecordingContext())
+        outputs = operator.process(stream[cut:], context)
+        told = [(r.value.age_s.tolist(), r.value.blind, r.origin.offset) for r in outputs]
+        outcomes.append((values(outputs), told, context.reasons, context.counts))
+    whole, seeked = outcomes
+    np.testing.assert_allclose(seeked[0], whole[0], rtol=1e-5, atol=1e-3)
+    assert seeked[1:] == whole[1:]
 
 
 def test_sensors_are_matched_by_name(weights: Path) -> None:

@@ -307,6 +307,40 @@ def test_names_must_tell_operators_apart(names: list[str]) -> None:
         task([(name, Compare(base.Options())) for name in names])
 
 
+class Reaching(Operator):
+    """Takes readings, whatever it reaches."""
+
+    consumes = (Reading,)
+
+    def __init__(self, reach: int | None, emits: tuple[type, ...] = ()) -> None:
+        self.reach, self.emits = reach, emits
+
+    def process(self, records: Sequence[Record], context: Context) -> list[Record]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("operators", "reach"),
+    [
+        ([], 0),
+        ([Reaching(0), Reaching(0)], 0),
+        ([Reaching(5)], 5),
+        ([Reaching(None)], None),
+        ([Reaching(5), Reaching(0)], 5),
+        ([Reaching(0), Reaching(5)], 5),
+        ([Reaching(5), Reaching(3)], None),
+        ([Reaching(0, emits=(Reading,)), Reaching(5)], None),
+        ([Reaching(5, emits=(Reading,)), Reaching(0)], 5),
+    ],
+)
+def test_how_far_back_the_state_reaches(operators: list[Operator], reach: int | None) -> None:
+    chained = task([(f"o{n}", operator) for n, operator in enumerate(operators)])
+    assert chained.reach == reach
+    record = reading(0)
+    assert chained.reaches(record) == any(operator.reach != 0 for operator in operators)
+    assert not chained.reaches(Record("x", 0, Undecodable(b"", "bad"), record.origin))
+
+
 def test_foreign_state_is_refused_with_a_reason() -> None:
     one, two = task(), task(chain()[1:])
     one.process([reading(n) for n in range(3)])
