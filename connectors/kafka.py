@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import MessageSizeTooLargeError, OffsetOutOfRangeError
 from pydantic import Field
@@ -15,7 +15,7 @@ from stepstream.connectors import base, kafka_client
 from stepstream.connectors.base import DeadLetter, InputError, Partition, Undecodable
 from stepstream.connectors.codecs import kind_of
 from stepstream.connectors.kafka_chunks import SPAN, Assembler, split
-from stepstream.connectors.kafka_client import Compression, Connection, reaching
+from stepstream.connectors.kafka_client import Compression, Connection, Producer, reaching
 from stepstream.connectors.kafka_messages import (
     Message,
     dead_letter_message,
@@ -29,6 +29,7 @@ from stepstream.connectors.records import Origin, Record
 __all__ = ["KafkaSink", "KafkaSource", "MessageReader", "send_all"]
 
 MAX_RECORD_BYTES = 64 * 2**20
+_END_S = 30.0
 
 
 class MessageReader:
@@ -193,7 +194,7 @@ class KafkaSink(base.Sink):
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._producer: KafkaProducer | None = None
+        self._producer: Producer | None = None
         self._sent: list[Any] = []
 
     @property
@@ -254,11 +255,11 @@ class KafkaSink(base.Sink):
 
     def close(self) -> None:
         if self._producer is not None:
-            self._producer.close()
+            self._producer.end(_END_S)
         self._producer = None
 
 
-def send_all(producer: KafkaProducer, messages: Iterable[Message]) -> list[Any]:
+def send_all(producer: Producer, messages: Iterable[Message]) -> list[Any]:
     """Hands messages to a producer, which sends them in the background; the futures of their places."""
     return [
         producer.send(m.topic, m.value, key=m.key, headers=m.headers, timestamp_ms=m.timestamp_ms) for m in messages

@@ -20,14 +20,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
+from kafka import KafkaConsumer, TopicPartition, errors
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.structs import OffsetAndMetadata
 
 from stepstream.connectors import kafka_client
 from stepstream.connectors.base import InputError
 from stepstream.connectors.kafka_chunks import SPAN
-from stepstream.connectors.kafka_client import Connection, KafkaUnavailable, reaching
+from stepstream.connectors.kafka_client import Connection, KafkaUnavailable, Producer, reaching
 from stepstream.connectors.kafka_messages import headers_of, output_id
 from stepstream.pipeline.engines.kafka_group import bounded
 from stepstream.pipeline.logs import get_logger
@@ -104,7 +104,7 @@ class Deduper:
         if source == to:
             raise InputError(f"{to} is read from; expected another topic to write to")
         self._consumer: KafkaConsumer | None = None
-        self._producer: KafkaProducer | None = None
+        self._producer: Producer | None = None
         self._seen = Seen(window)
         self._from: dict[int, int] = {}
         self._parts: dict[tuple[int, str], list[ConsumerRecord]] = {}
@@ -210,10 +210,11 @@ class Deduper:
         _LOG.info("known from the destination", extra={"outputs": len(self._seen)})
 
     def _close(self) -> None:
-        for client in (self._producer, self._consumer):
-            if client is not None:
-                with contextlib.suppress(Exception):  # a cluster that is down is no reason not to end
-                    client.close(**({"timeout": 5} if client is self._producer else {"autocommit": False}))
+        if self._producer is not None:
+            self._producer.end()
+        if self._consumer is not None:
+            with contextlib.suppress(Exception):  # a cluster that is down is no reason not to end
+                self._consumer.close(autocommit=False)
         self._producer = self._consumer = None
 
     def _give_up(self, error: Exception, failures: int, stop: threading.Event) -> None:

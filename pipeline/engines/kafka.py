@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition, errors
+from kafka import KafkaConsumer, TopicPartition, errors
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.structs import MemberState, OffsetAndMetadata
 from pydantic import BaseModel
@@ -35,7 +35,7 @@ from pydantic import BaseModel
 from stepstream.connectors import kafka_client
 from stepstream.connectors.base import Sink, Source
 from stepstream.connectors.kafka import KafkaSink, KafkaSource, send_all
-from stepstream.connectors.kafka_client import KafkaUnavailable, reaching
+from stepstream.connectors.kafka_client import KafkaUnavailable, Producer, reaching
 from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult, WatchedSink
@@ -59,9 +59,11 @@ _POLL_MS = 500
 """A poll returns as soon as there are records. With 20 ms kafka-python 3.0.12 hardly ever completed a rebalance: what a
 join has led to between two polls is thrown away, and the group begins again."""
 _ANSWER_MS = 10_000
+_INIT_S, _INIT_MOST_S = 3, 20
+"""kafka-python 3.0.12 waits for a dead transaction coordinator as long as it may: what helps is a new producer."""
 _FRESH_AFTER = 2
-"""Failures in a row after which all clients are made anew: after a broker's death kafka-python 3.0.12 was seen to ask
-the dead leader for offsets for minutes."""
+"""Failures in a row after which the consumers are made anew, too: kafka-python 3.0.12 was seen to ask a dead leader for
+offsets for minutes."""
 
 
 class KafkaEngine(Engine):
@@ -128,8 +130,8 @@ class _Run:
         self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
         self.consumer: KafkaConsumer = None
         self.manifests: KafkaConsumer | None = None
-        self.producer: KafkaProducer | None = None
-        self.doubted, self.failures, self.fenced = False, 0, -_FENCED_TWICE_S
+        self.producer: Producer | None = None
+        self.doubted, self.failures, self.refused, self.fenced = False, 0, 0, -_FENCED_TWICE_S
         self.started, self.reported, self.stable_at = time.monotonic(), 0.0, time.monotonic()
         self.records_in = self.records_out = self.dead = self.replayed = self.commits = 0
 
@@ -210,13 +212,16 @@ class _Run:
         """Leaves the group and ends what is open."""
         self.states.close()
         self.standby.close()
-        for client in (self.producer, self.consumer, self.manifests):
+        if self.producer is not None:
+            self.producer.end()
+        for client in (self.consumer, self.manifests):
             if client is not None:
                 with contextlib.suppress(Exception):  # a cluster that is down is no reason not to end
-                    client.close(**({"timeout": 5} if client is self.producer else {"autocommit": False}))
+                    client.close(autocommit=False)
 
     def _new_producer(self) -> None:
         """A producer under our id: ends what the one before it had left open, and shuts it out."""
+        within_s = min(_INIT_S * 2 ** min(self.refused, 8), _INIT_MOST_S) if self.doubted else _INIT_MOST_S
         producer = kafka_client.producer(
             self.connection,
             self.published.options.compression,
@@ -224,25 +229,25 @@ class _Run:
             transaction_timeout_ms=self.options.transaction_timeout_ms,
             delivery_timeout_ms=max(30_000, self.options.transaction_timeout_ms),
             linger_ms=0,
-            max_block_ms=20_000,
+            max_block_ms=_INIT_MOST_S * 1000,
         )
         try:
             with reaching(self.connection):
-                producer.init_transactions()
+                bounded(producer.init_transactions, within_s, "first request of a producer")
         except BaseException:
-            producer.close(timeout=0)
+            producer.end()
             raise
-        self.producer = producer
+        self.producer, self.refused = producer, 0
 
     # ---- one turn
 
     def _turn(self) -> None:
         """Polls once and does all that follows from it."""
         if self.doubted:
-            if self.failures >= _FRESH_AFTER:
-                self._join()
             if self.producer is None:
                 self._new_producer()
+            if self.failures >= _FRESH_AFTER:
+                self._join()
             self._settle()
             self.doubted, self.failures = False, 0
         polled = self._poll()
@@ -359,10 +364,8 @@ class _Run:
 
     def _doubt(self, error: Exception) -> None:
         """A transaction or a request failed: what is committed must be read again before anything else is done."""
-        if isinstance(
-            error, errors.NoOffsetForPartitionError
-        ):  # a partition's first time: where it begins is read next
-            self.doubted = True
+        if isinstance(error, errors.NoOffsetForPartitionError):
+            self.doubted = True  # a partition's first time: where it begins is read next
             return
         self.task.metrics.operator_event("engine", "aborted")
         _LOG.warning("what is committed is read again", extra={"reason": repr(error)})
@@ -376,14 +379,15 @@ class _Run:
                 ) from error
             self.fenced = now
         self.doubted = True
-        self.failures += 1
         producer, self.producer = self.producer, None
-        if producer is not None:
+        if producer is None:
+            self.refused += 1  # the consumer has no part in it, and goes on being a member
+        else:
+            self.failures += 1
             # Never used again: kafka-python 3.0.12 keeps the offsets of a transaction that failed and commits them with
             # the next one, whose outputs are others. A new producer under the same id ends what was open.
-            with contextlib.suppress(Exception):
-                producer.close(timeout=0)
-        if self.failures > 1 or isinstance(error, KafkaUnavailable):
+            producer.end()
+        if self.failures > 1 or self.refused or isinstance(error, KafkaUnavailable):
             self.stop.wait(_PATIENCE_S)
 
     def _settle(self) -> None:

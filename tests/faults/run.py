@@ -49,7 +49,10 @@ def main() -> None:
     if (reason := unavailable()) is not None:
         sys.exit(reason)
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="stepstream-faults-"))
-    console, rows = Console(), []
+    console: Console = Console()
+    if not console.is_terminal:
+        console.width = 150
+    rows: list[dict[str, object]] = []
     table = Table(title=f"faults, seed {arguments.seed}", header_style="bold")
     for column in ("fault", "times", "records", "missing", "repeated", "wrong", "largest difference", "", "seconds"):
         table.add_column(column)
