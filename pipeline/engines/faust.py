@@ -23,6 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from stepstream.connectors import codecs
 from stepstream.connectors.base import Sink, Source
 from stepstream.connectors.kafka import KafkaSink, KafkaSource
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult, WatchedSink
@@ -70,4 +71,5 @@ class FaustEngine(Engine):
             stack.callback(sink.close)
             run = FaustRun(self.options, task, source, sink, published, stop or threading.Event(), on_progress)
             stack.callback(run.close)
+            codecs.warm_up()
             return run.run()

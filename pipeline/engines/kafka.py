@@ -32,7 +32,7 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.structs import MemberState, OffsetAndMetadata
 from pydantic import BaseModel
 
-from stepstream.connectors import kafka_client
+from stepstream.connectors import codecs, kafka_client
 from stepstream.connectors.base import Sink, Source
 from stepstream.connectors.kafka import KafkaSink, KafkaSource, send_all
 from stepstream.connectors.kafka_client import KafkaUnavailable, Producer, reaching
@@ -146,6 +146,7 @@ class _Run:
         manifests = [manifest_topic(self.group)] if options.snapshots else []
         kafka_client.require_topics(self.connection, [self.topic, *self.published.topics(), *manifests])
         _LOG.info("starting", extra={"group": self.group, "topic": self.topic, "id": self.transactional_id})
+        codecs.warm_up()
         self._new_producer()
         self._join()
         while not self.stop.is_set():
