@@ -87,7 +87,6 @@ class FaustRun:
         self.assigned: set[int] = set()
         self.changed = self.ending = self.sending_again = False
         self.failure: Exception | None = None
-        self.lag = 0
         self.unconfirmed: Manifest | None = None
         self.started = time.monotonic()
         self.records_in = self.records_out = self.dead = self.commits = 0
@@ -337,6 +336,7 @@ class FaustRun:
         self.assigned = {place.partition for place in assigned if place.topic == self.topic}
         self.changed = True
         self.task.metrics.operator_event("engine", "rebalanced")
+        _LOG.info("partitions", extra={"assigned": sorted(self.assigned)})
 
     async def _on_revoked(self, _: Any, revoked: Iterable[Any], **__: Any) -> None:
         # All are revoked at every rebalance; what was processed of those that come back need not be made again.
@@ -371,8 +371,7 @@ class FaustRun:
                 await self._publish_manifest(manifest)
                 await self._confirm_manifest()
             await self._in_thread(self._begin_snapshot, True)
-        self.lag = self._behind()
-        self.task.metrics.set_lag(self.lag)
+        self.task.metrics.set_lag(self._behind())
         if self.on_progress is not None:
             self.on_progress(self.records_in + self.partitions.replayed, None)
 
@@ -405,7 +404,7 @@ class FaustRun:
         return behind
 
     async def _log_lag(self) -> None:
-        _LOG.info("lag", extra={"records": self.lag, "partitions": sorted(self.states.held)})
+        _LOG.info("lag", extra={"records": self._behind(), "partitions": sorted(self.states.held)})
 
     def health(self) -> dict[str, Any]:
         """For /health: `ok` if partitions are assigned, their state is there, and the last batch is published."""
@@ -422,7 +421,7 @@ class FaustRun:
             if settled
             else "no partitions are assigned yet, or their state is being restored"
         )
-        return {"ok": problem is None, "problem": problem, "partitions": partitions, "lag": self.lag}
+        return {"ok": problem is None, "problem": problem, "partitions": partitions, "lag": self._behind()}
 
     def _result(self) -> RunResult:
         totals = self.task.metrics.totals()

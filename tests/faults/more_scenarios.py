@@ -16,13 +16,23 @@ from pathlib import Path
 from kafka import TopicPartition
 from kafka.admin import MemberToRemove
 from rig import FORECAST, Rig, Verdict, frames
-from scenarios import SCENARIOS, Scenario
+from scenarios import Scenario
 
 from stepstream.connectors import kafka_client
 from stepstream.connectors.kafka_messages import headers_of
 from stepstream.connectors.records import Record
 
-__all__ = ["CUT_USER", "cannot_cut"]
+__all__ = [
+    "CUT_USER",
+    "bad_input",
+    "cannot_cut",
+    "crash_before_commit",
+    "cut_off",
+    "no_answer",
+    "put_out",
+    "seek_back",
+    "warm_standby",
+]
 
 CUT_USER = 12345
 """The worker that is cut off runs as this user, so that a rule of the firewall can be about it alone."""
@@ -240,14 +250,3 @@ def seek_back(s: Scenario) -> Verdict:
     again = [int(m[2]) - int(m[1]) for m in re.finditer(r"restored .*from=(\d+) committed=(\d+)", logs)]
     verdict.counts |= {"kills": s.times, "most records read again": max(again)}
     return verdict
-
-
-SCENARIOS |= {
-    "put-out": put_out,
-    "cut-off": cut_off,
-    "crash-before-commit": crash_before_commit,
-    "bad-input": bad_input,
-    "no-answer": no_answer,
-    "warm-standby": warm_standby,
-    "seek-back": seek_back,
-}

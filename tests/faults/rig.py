@@ -56,9 +56,10 @@ engine:
     snapshots: {folder}/snapshots
     snapshot_every_s: 1
     session_timeout_ms: 3000
-    transaction_timeout_ms: 5000
     max_batch: 64
+    {options}
 """
+OPTIONS = {"kafka": "transaction_timeout_ms: 5000", "faust": "commit_every_s: 1"}
 FORECAST = "[{{forecast: {{model: sttn, weights: {weights}}}}}]"
 
 
@@ -120,12 +121,10 @@ class Publisher(threading.Thread):
 
 @dataclass
 class Worker:
-    """A `stepstream run` of its own, which a supervisor starts again whenever it ends."""
+    """A `stepstream` of its own, which a supervisor starts again whenever it ends."""
 
-    number: int
-    pipeline: Path
+    arguments: tuple[str, ...]
     log: Path
-    options: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
     program: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
@@ -142,12 +141,10 @@ class Worker:
     def start(self) -> None:
         """Starts it."""
         program = self.program or (str(Path(sys.executable).with_name("stepstream")),)
-        command = [*program, "run", str(self.pipeline), "--log", "info"]
-        command += [f"--set=engine.kafka.instance=w{self.number}", *(f"--set={option}" for option in self.options)]
         with self.log.open("ab") as log:
             self.began_at = log.tell()
             self.process = subprocess.Popen(
-                [*self.prefix, *command],
+                [*self.prefix, *program, *self.arguments],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -261,10 +258,11 @@ class Rig:
                 servers=servers,
                 folder=folder,
                 engine=engine,
+                options=OPTIONS[engine],
                 operators=operators.format(weights=folder / "weights"),
             )
         )
-        self.pipeline = Pipeline.from_file(self.file)
+        self.engine, self.pipeline = engine, Pipeline.from_file(self.file)
         create_topics(needed_topics(self.pipeline.config), partitions, -1)
         self.partitions = partitions
         self.workers: list[Worker] = []
@@ -272,7 +270,13 @@ class Rig:
     def worker(self, *options: str, prefix: tuple[str, ...] = ()) -> Worker:
         """A new worker, started."""
         number = len(self.workers)
-        worker = Worker(number, self.file, self.folder / f"worker-{number}.log", options, prefix)
+        if self.engine == "kafka":
+            options = (f"engine.kafka.instance=w{number}", *options)
+        arguments = ("run", str(self.file), "--log", "info", *(f"--set={option}" for option in options))
+        return self.start(Worker(arguments, self.folder / f"worker-{number}.log", prefix))
+
+    def start(self, worker: Worker) -> Worker:
+        """Starts a process that is looked after from then on."""
         worker.start()
         self.workers.append(worker)
         return worker

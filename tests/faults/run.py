@@ -16,33 +16,18 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integration")]
 
+from catalogue import FAULTS, left_out  # noqa: E402
 from cluster import Cluster, unavailable  # noqa: E402
-from more_scenarios import cannot_cut  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from scenarios import SCENARIOS, Scenario  # noqa: E402
-
-TIMES = {
-    "kill-workers": 50,
-    "kill-brokers": 10,
-    "stop-and-continue": 5,
-    "come-and-go": 12,
-    "snapshots-gone": 3,
-    "graceful-stops": 8,
-    "put-out": 20,
-    "cut-off": 5,
-    "crash-before-commit": 5,
-    "bad-input": 10,
-    "no-answer": 3,
-    "warm-standby": 5,
-    "seek-back": 5,
-}
+from rig import Verdict  # noqa: E402
+from scenarios import Scenario  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", choices=sorted(SCENARIOS))
+    parser.add_argument("--only", action="append", choices=sorted(FAULTS))
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each fault happens")
     parser.add_argument("--out", type=Path, help="a folder that keeps logs and results.json")
     arguments = parser.parse_args()
@@ -57,15 +42,19 @@ def main() -> None:
     for column in ("fault", "times", "records", "missing", "repeated", "wrong", "largest difference", "", "seconds"):
         table.add_column(column)
     with Cluster(folder / "cluster", 3) as cluster:
-        for name in arguments.only or SCENARIOS:
-            if name == "cut-off" and (reason := cannot_cut()) is not None:
+        for name in arguments.only or FAULTS:
+            if (reason := left_out(name)) is not None:
                 console.print(f"{name}: left out, {reason}")
                 continue
-            times = max(1, round(TIMES[name] * arguments.scale))
+            times = max(1, round(FAULTS[name].long * arguments.scale))
             console.print(f"{name}: {times} times")
             began = time.monotonic()
             scenario = Scenario(cluster, folder / name, random.Random(f"{arguments.seed}/{name}"), times)
-            verdict = SCENARIOS[name](scenario)
+            try:
+                verdict = scenario.run(FAULTS[name].run)
+            except Exception as error:  # noqa: BLE001 the other faults are worth their run
+                console.print_exception(extra_lines=0)
+                verdict = Verdict(0, 0, 0, 0, 0, 0, float("nan"), counts={f"ended by {type(error).__name__}": 1})
             took = time.monotonic() - began
             rows.append({"fault": name, "times": times, "exact": verdict.exact, **asdict(verdict), "took_s": took})
             measured = {**{k: f"{v:.1f} s" for k, v in verdict.seconds.items()}, **verdict.counts}

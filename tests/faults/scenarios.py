@@ -8,7 +8,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import Cluster
@@ -16,7 +16,16 @@ from rig import Publisher, Rig, Verdict, Verifier, frames
 
 from stepstream.connectors.records import Record
 
-__all__ = ["SCENARIOS", "Scenario"]
+__all__ = [
+    "READY_S",
+    "Scenario",
+    "come_and_go",
+    "graceful_stops",
+    "kill_brokers",
+    "kill_workers",
+    "snapshots_gone",
+    "stop_and_continue",
+]
 
 READY_S, WAIT_S = 60.0, 45.0
 
@@ -30,11 +39,21 @@ class Scenario:
     random: random.Random
     times: int
     rate: float = 60.0
+    rigs: list[Rig] = field(default_factory=list)
 
     def rig(self, **options: object) -> Rig:
         """A rig of its own."""
         folder = self.folder / uuid.uuid4().hex[:8]
-        return Rig(folder, self.cluster.servers(), **options)  # type: ignore[arg-type]
+        self.rigs.append(Rig(folder, self.cluster.servers(), **options))  # type: ignore[arg-type]
+        return self.rigs[-1]
+
+    def run(self, fault: Callable[[Scenario], Verdict]) -> Verdict:
+        """What comes of a fault; no worker outlives it."""
+        try:
+            return fault(self)
+        finally:
+            for rig in self.rigs:
+                rig.close()
 
     def flow(self, rig: Rig, count: int, records: list[Record] | None = None) -> tuple[Publisher, Verifier]:
         """Records that come in at the rate, and somebody who reads what comes out."""
@@ -189,13 +208,3 @@ def graceful_stops(s: Scenario) -> Verdict:
     verdict.counts["stops"] = s.times
     verdict.counts["replayed"] = log.count("replayed to catch up")
     return verdict
-
-
-SCENARIOS: dict[str, Callable[[Scenario], Verdict]] = {
-    "kill-workers": kill_workers,
-    "kill-brokers": kill_brokers,
-    "stop-and-continue": stop_and_continue,
-    "come-and-go": come_and_go,
-    "snapshots-gone": snapshots_gone,
-    "graceful-stops": graceful_stops,
-}

@@ -330,8 +330,7 @@ def test_two_workers_share_partitions_and_a_death_hands_them_over(rig: Callable[
     made.publish(readings(60, 30))
     made.wait(lambda: sorted(health(port)[1].get("partitions", [])) == [0, 1, 2])
     made.wait_committed()
-    told = health(port)[1]
-    assert told.pop("lag") >= 0 and told == {"ok": True, "problem": None, "partitions": [0, 1, 2]}
+    assert health(port)[1] == {"ok": True, "problem": None, "partitions": [0, 1, 2], "lag": 0}
     summary = one.end()
     assert summary["operator_events"]["engine"]["rebalanced"] >= 3
     assert health(port)[0] == 0
