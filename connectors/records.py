@@ -12,10 +12,23 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Forecast", "Origin", "Payload", "Reading", "Record", "Score", "SensorFrame"]
+__all__ = [
+    "Forecast",
+    "Interaction",
+    "LinkScores",
+    "NodeId",
+    "Origin",
+    "Payload",
+    "Reading",
+    "Record",
+    "Score",
+    "SensorFrame",
+]
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+NodeId: TypeAlias = int | str
+"""A node as its source names it: an integer of 64 bits with sign, or a string. 7 and "7" are two nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +118,39 @@ class Score:
     window_covered: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """An edge of a dynamic graph at the record's event time: `source` did something to `destination`.
+
+    `features`: float32 [F] of the edge, or None. `event_id`: what tells this event from every other, if the source has
+    such a name: the same one again is a repeat. Without it two equal interactions are two events.
+    """
+
+    source: NodeId
+    destination: NodeId
+    features: FloatArray | None = None
+    event_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkScores:
+    """How likely a model holds links from `source` to each of K destinations at the record's event time.
+
+    `destinations`: K node ids; `scores`: float32 [K], higher is likelier: for a model with weights the logit. Ranked
+    candidates come best first. `freshness`: "per_event" if every interaction before this one was taken in, "batch" if
+    those of its own batch were not. `model`, `weights`: the registered name and the sha256 of its weights ("" if none).
+    """
+
+    source: NodeId
+    destinations: tuple[NodeId, ...]
+    scores: FloatArray
+    freshness: str
+    model: str
+    weights: str
+
+
 Payload: TypeAlias = Any
-"""`Reading`, `SensorFrame`, `Forecast`, `Score`, or any other frozen dataclass: operators name those they consume."""
+"""`Reading`, `SensorFrame`, `Interaction`, `Forecast`, `LinkScores`, `Score`, or any other frozen dataclass: operators name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)
