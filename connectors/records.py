@@ -150,7 +150,8 @@ class LinkScores:
 
 
 Payload: TypeAlias = Any
-"""`Reading`, `SensorFrame`, `Interaction`, `Forecast`, `LinkScores`, `Score`, or any other frozen dataclass: operators name those they consume."""
+"""`Reading`, `SensorFrame`, `Interaction`, `Forecast`, `LinkScores`, `Score`, or any other frozen dataclass: operators
+name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)

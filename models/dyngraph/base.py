@@ -10,16 +10,16 @@ from torch import Tensor
 __all__ = ["GraphModel", "GraphState"]
 
 GraphState: TypeAlias = dict[str, Any]
-"""A tree (dicts) of tensors: all that a model remembers of one graph. The first axis of a tensor is the node, unless its
-name ends in `_global`. A node that was never seen has the row that `initial_state` gives it."""
+"""A tree (dicts) of tensors: all that a model remembers of one graph. The first axis of a tensor is the node, unless
+its name ends in `_global`. A node that was never seen has the row that `initial_state` gives it."""
 
 
 class GraphModel(ABC):
     """Scores links of a graph that grows, from a memory that it keeps in a state outside itself.
 
-    Nodes are numbered 0, 1, ... by the caller, times are int64 nanoseconds since the Unix epoch, and differences of times
-    are taken in int64: unix times do not fit float32. `score` reads the state and changes nothing, whether it is in
-    training or not; `update` writes it in place. The interactions of one `update` are in time order (ties in the order
+    Nodes are numbered 0, 1, ... by the caller, times are int64 nanoseconds since the Unix epoch, and differences of
+    times are taken in int64: unix times do not fit float32. `score` reads the state and changes nothing, in training
+    as in serving; `update` writes it in place. The interactions of one `update` are in time order (ties in the order
     of arrival), and what it leaves does not depend on how a stream is cut into calls, except where a model says so.
     """
 
