@@ -1,7 +1,6 @@
 """What NAT does on the processor, compiled: joining two nodes' caches, and taking interactions in one by one.
 
-Without gradients, and the same to the rounding of float32 as the torch form in `nat.py`, which is what a GPU and training
-use. Measured on Wikipedia's interactions: see docs/graphs.md.
+Without gradients, and the same to the rounding of float32 as the torch form in `nat.py`, which training and a GPU use.
 """
 
 from __future__ import annotations
@@ -129,8 +128,10 @@ def _times(elapsed_ns: int, rates: Floats, scale: float, out: Floats) -> None:
 def take_in(
     state: Any, weights: Any, source: Ints, target: Ints, time_ns: Ints, features: Floats, scale: float, seed: int
 ) -> None:
-    """Interactions, one after the other. `state`: (id, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2);
-    `weights`: (rates, wi, wh, bi, bh of the node's own cell, then of the cell along edges), transposed.
+    """Interactions, one after the other.
+
+    `state`: (id, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2). `weights`: (rates, wi, wh, bi, bh
+    of the node's own cell, then of the cell along edges), transposed.
     """
     ids, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2 = state
     rates, wi0, wh0, bi0, bh0, wi1, wh1, bi1, bh1 = weights

@@ -19,7 +19,7 @@ class _Faust:
         self.s, self.rig = s, s.rig(engine="faust")
         raw, once = f"{self.rig.topic}.out", f"{self.rig.topic}.once"
         create_topics([Needed(once, "outputs, each once", self.rig.connection)], self.rig.partitions, -1)
-        self.publisher = Publisher(self.rig.connection, self.rig.topic, list(frames(count)), s.rate)
+        self.publisher = Publisher(self.rig.connection, self.rig.topic, frames(), s.rate, count)
         self.raw, self.once = Verifier(self.rig.connection, raw), Verifier(self.rig.connection, once)
         for thread in (self.publisher, self.raw, self.once):
             thread.start()

@@ -7,6 +7,7 @@ has exactly one committed forecast, and it is the one of a run that nothing happ
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,12 @@ def write_weights(folder: Path) -> tuple[str, ...]:
     return tuple(sensors)
 
 
-def frames(count: int) -> Iterator[Record]:
-    """`count` records of METR-LA: several networks, some hours apart, one frame of each in turn."""
+def frames(count: int | None = None) -> Iterator[Record]:
+    """`count` records of METR-LA, or without end: several networks, some hours apart, one frame of each in turn."""
     recording = open_dataset("metr-la-week")
     sensors = tuple(recording.sensors[:SENSORS])
     steps = len(recording.times_ns)
-    for number in range(count):
+    for number in itertools.count() if count is None else range(count):
         step, network = divmod(number, NETWORKS)
         at = (step + 37 * network) % steps
         values = recording.values[at, :SENSORS]
@@ -90,10 +91,15 @@ def frames(count: int) -> Iterator[Record]:
 
 
 class Publisher(threading.Thread):
-    """Publishes records at a rate, each once: an idempotent producer that outlasts brokers."""
+    """Publishes records at a rate, each once, until they end or it is enough and `least` are out: a producer that
+    outlasts brokers.
+    """
 
-    def __init__(self, connection: Connection, topic: str, records: Sequence[Record], rate: float) -> None:
+    def __init__(
+        self, connection: Connection, topic: str, records: Iterable[Record], rate: float, least: int = 0
+    ) -> None:
         super().__init__(daemon=True)
+        self._least, self.enough = least, threading.Event()
         self._records, self._rate, self._topic = records, rate, topic
         self._sink = KafkaSink(KafkaSink.Options(servers=connection.servers, topic=topic, dead_letters=topic))
         self._producer = kafka_client.producer(connection, delivery_timeout_ms=300_000)
@@ -104,6 +110,8 @@ class Publisher(threading.Thread):
         began = time.monotonic()
         try:
             for number, record in enumerate(self._records):
+                if self.enough.is_set() and number >= self._least > 0:
+                    break
                 time.sleep(max(0.0, began + number / self._rate - time.monotonic()))
                 if isinstance(record.value, bytes):
                     self._producer.send(self._topic, record.value, record.key.encode(), [])

@@ -56,8 +56,8 @@ class Scenario:
                 rig.close()
 
     def flow(self, rig: Rig, count: int, records: list[Record] | None = None) -> tuple[Publisher, Verifier]:
-        """Records that come in at the rate, and somebody who reads what comes out."""
-        publisher = Publisher(rig.connection, rig.topic, records or list(frames(count)), self.rate)
+        """Records that come in at the rate, these or at least `count`, and somebody who reads what comes out."""
+        publisher = Publisher(rig.connection, rig.topic, records or frames(), self.rate, 0 if records else count)
         verifier = Verifier(rig.connection, f"{rig.topic}.out")
         publisher.start()
         verifier.start()
@@ -74,7 +74,8 @@ class Scenario:
         return time.monotonic() - began
 
     def finish(self, rig: Rig, publisher: Publisher, verifier: Verifier) -> Verdict:
-        """When all records are in: the verdict."""
+        """When enough records are in: the verdict."""
+        publisher.enough.set()
         while publisher.is_alive():
             rig.supervise()
             time.sleep(0.1)
