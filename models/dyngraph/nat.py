@@ -142,8 +142,8 @@ class NAT(nn.Module, GraphModel):
         tables = (state["id"], state["id1"], state["id2"])
         if source.device.type != "cpu":
             return join(*tables, source, target, self.config.seed)
-        arrays = [leaf.numpy() for leaf in (*tables, source, target)]
-        pair, places = nat_kernels.join(*arrays, self.config.seed)
+        ids, first, second = (table.numpy() for table in tables)
+        pair, places = nat_kernels.join(ids, first, second, source.numpy(), target.numpy(), self.config.seed)
         return torch.from_numpy(pair), torch.from_numpy(places)
 
     def _known(self, state: GraphState, node: Tensor, places: Tensor, time_ns: Tensor) -> list[Tensor]:
@@ -168,13 +168,9 @@ class NAT(nn.Module, GraphModel):
         if features is None:
             features = torch.zeros(len(source), self.config.features, device=source.device)
         if not torch.is_grad_enabled() and source.device.type == "cpu":
-            nat_kernels.take_in(
-                tuple(state[name].numpy() for name in _ORDER),
-                self._arrays(),
-                *(given.contiguous().numpy() for given in (source, destination, time_ns, features)),
-                _LONG,
-                self.config.seed,
-            )
+            given = [column.contiguous().numpy() for column in (source, destination, time_ns, features)]
+            held = tuple(state[name].numpy() for name in _ORDER)
+            nat_kernels.take_in(held, self._arrays(), given[0], given[1], given[2], given[3], _LONG, self.config.seed)
             return
         for wave in waves(source, destination):
             self._wave(state, source[wave], destination[wave], time_ns[wave], features[wave])

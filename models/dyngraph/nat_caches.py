@@ -12,11 +12,12 @@ and ids are int64.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from stepstream.models.dyngraph.compiled import kernel
 
 __all__ = ["EMPTY", "find", "join", "slots", "waves", "winners"]
 
@@ -91,7 +92,7 @@ def winners(place: Tensor, rank: Tensor, valid: Tensor, size: int) -> Tensor:
     return torch.where(best >= 0, order.gather(1, best.clamp(min=0)), EMPTY)
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def _levels(first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], nodes: int) -> npt.NDArray[np.int64]:
     reached = np.zeros(nodes, np.int64)
     levels = np.empty(len(first), np.int64)

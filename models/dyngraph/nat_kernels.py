@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from stepstream.models.dyngraph.compiled import inlined, kernel
 
 __all__ = ["join", "take_in"]
 
@@ -20,8 +21,8 @@ Floats = npt.NDArray[np.float32]
 _EMPTY = -1
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _slot(node: int, size: int, seed: int) -> int:
+@inlined
+def _slot(node: int, size: int, seed: int) -> Any:
     """As `nat_caches.slots`."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     x = np.uint64(node) + ((np.uint64(seed + 1) * golden) & np.uint64(0x7FFFFFFFFFFFFFFF))
@@ -30,13 +31,13 @@ def _slot(node: int, size: int, seed: int) -> int:
     return np.int64(((x ^ (x >> np.uint64(31))) >> np.uint64(1)) % np.uint64(size))
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _find(table: Ints, owner: int, node: int, seed: int) -> int:
+@inlined
+def _find(table: Ints, owner: int, node: int, seed: int) -> Any:
     place = _slot(node, table.shape[1], seed)
     return place if table[owner, place] == node else _EMPTY
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def join(ids: Ints, first: Ints, second: Ints, source: Ints, target: Ints, seed: int) -> tuple[Ints, Ints]:
     """All nodes that two nodes know, each once, for every pair: (pair [M], places [M, 6]).
 
@@ -85,12 +86,12 @@ def join(ids: Ints, first: Ints, second: Ints, source: Ints, target: Ints, seed:
     return pair[:count].copy(), places[:count].copy()
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _sigmoid(x: float) -> float:
+@inlined
+def _sigmoid(x: float) -> Any:
     return np.float32(1.0) / (np.float32(1.0) + math.exp(-x))
 
 
-@numba.njit(cache=True, fastmath=True)  # type: ignore[untyped-decorator]
+@kernel
 def _gru(x: Floats, h: Floats, out: Floats, wi: Floats, wh: Floats, bi: Floats, bh: Floats, work: Floats) -> None:
     """torch.nn.GRUCell, weights transposed so that the inner loop runs along memory: wi [inputs, 3 H], wh [H, 3 H]."""
     size = h.shape[0]
@@ -116,7 +117,7 @@ def _gru(x: Floats, h: Floats, out: Floats, wi: Floats, wh: Floats, bi: Floats, 
         out[j] = (np.float32(1.0) - update) * new + update * h[j]
 
 
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+@inlined
 def _times(elapsed_ns: int, rates: Floats, scale: float, out: Floats) -> None:
     seconds = np.float32(max(elapsed_ns, 0) / 1e9)
     out[0] = np.float32(math.log1p(seconds)) / np.float32(scale)
@@ -124,7 +125,7 @@ def _times(elapsed_ns: int, rates: Floats, scale: float, out: Floats) -> None:
         out[1 + j] = math.exp(-seconds * rates[j])
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@kernel
 def take_in(
     state: Any, weights: Any, source: Ints, target: Ints, time_ns: Ints, features: Floats, scale: float, seed: int
 ) -> None:

@@ -210,12 +210,12 @@ def test_gradients_reach_every_parameter() -> None:
 def test_it_learns_who_comes_back() -> None:
     """Each source has a destination of its own that changes now and then: recency and counts tell it."""
     random = np.random.default_rng(0)
-    count, sources = 3000, 40
+    count, sources = 6000, 40
     source = random.integers(0, sources, count)
     destination = sources + (source * 7 + np.arange(count) // 1500) % sources
     events = [torch.from_numpy(x) for x in (source, destination, START_NS + np.arange(count) * 10**10)]
     nat = model(features=0)
-    optimizer = torch.optim.Adam(nat.parameters(), 5e-3)
+    optimizer = torch.optim.Adam(nat.parameters(), 1e-2)
     state = nat.initial_state(2 * sources)
     losses, right = [], []
     for begin in range(0, count, 100):
@@ -230,7 +230,7 @@ def test_it_learns_who_comes_back() -> None:
         optimizer.step()
         state = {name: leaf.detach() for name, leaf in state.items()}
         nat.update(state, *now)
-    assert losses[0] > 0.5 > 0.2 > np.mean(losses[-5:])
+    assert np.mean(losses[-5:]) < losses[0] / 3
     assert np.mean(right[-5:]) > 0.95
 
 
