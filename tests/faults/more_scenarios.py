@@ -175,7 +175,7 @@ def no_answer(s: Scenario) -> Verdict:
     """Brokers that do not answer while a backlog waits: nothing more is read, and memory stays flat."""
     rig = s.rig()
     s.rate *= 20
-    publisher, verifier = s.flow(rig, int(150 * (10 + 10 * s.times)))
+    publisher, verifier = s.flow(rig, 0, list(frames(150 * (10 + 10 * s.times))))
     worker = rig.worker()
     s.until_output(rig, verifier, 300)
     assert worker.process is not None
