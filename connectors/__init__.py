@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from stepstream.connectors.base import DeadLetter, InputError, Sink, Source, Undecodable
-from stepstream.connectors.records import Forecast, Origin, Reading, Record, Score, SensorFrame
+from stepstream.connectors.records import (
+    Forecast,
+    Interaction,
+    LinkScores,
+    Origin,
+    Reading,
+    Record,
+    Score,
+    SensorFrame,
+)
 
 __all__ = [
     "DeadLetter",
     "Forecast",
     "InputError",
+    "Interaction",
+    "LinkScores",
     "Origin",
     "Reading",
     "Record",

@@ -2,6 +2,7 @@
 
 A frame has the columns sensor, value, observed; a forecast sensor, age_s, values and perhaps lower and upper, each a
 fixed-size list over the horizons. What belongs to the whole payload is JSON in the schema's metadata, `stepstream`.
+Interactions and link scores: see `codec_arrow_graph`.
 Format: https://arrow.apache.org/docs/format/Columnar.html
 """
 
@@ -19,14 +20,23 @@ from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import check_horizons, load_object
 from stepstream.connectors.records import Forecast, SensorFrame
 
-__all__ = ["decode_forecast", "decode_frame", "encode_forecast", "encode_frame"]
+__all__ = [
+    "decode_forecast",
+    "decode_frame",
+    "encode_forecast",
+    "encode_frame",
+    "read_batch",
+    "read_only",
+    "write_batch",
+]
 
 _META = b"stepstream"
 _FRAME = pa.schema([("sensor", pa.string()), ("value", pa.float32()), ("observed", pa.bool_())])
 _RECORD_BATCH = 3  # MessageHeader in Arrow's Message.fbs
 
 
-def _write(arrays: list[pa.Array], schema: pa.Schema, meta: dict[str, Any]) -> bytes:
+def write_batch(arrays: list[pa.Array], schema: pa.Schema, meta: dict[str, Any]) -> bytes:
+    """One IPC stream with one record batch; `meta` goes into the schema as JSON."""
     schema = schema.with_metadata({_META: orjson.dumps(meta)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
@@ -56,7 +66,8 @@ def _is_compressed(metadata: bytes) -> bool:
     return table_field(batch, 3) != batch
 
 
-def _read(body: bytes) -> tuple[pa.RecordBatch, dict[str, Any]]:
+def read_batch(body: bytes) -> tuple[pa.RecordBatch, dict[str, Any]]:
+    """The batch and the metadata of `write_batch`, checked; InputError for anything else. Nothing is unpacked."""
     try:
         stream = pa.BufferReader(body)
         schema = pa.ipc.read_schema(stream)
@@ -92,7 +103,8 @@ def _names(column: pa.Array) -> tuple[str, ...]:
     return sensors
 
 
-def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array itself, which can no longer be written to."""
     array.setflags(write=False)
     return array
 
@@ -104,12 +116,12 @@ def encode_frame(frame: SensorFrame) -> bytes:
         pa.array(np.ascontiguousarray(frame.values, np.float32)),
         pa.array(np.ascontiguousarray(frame.observed, bool)),
     ]
-    return _write(arrays, _FRAME, {"restart": frame.restart})
+    return write_batch(arrays, _FRAME, {"restart": frame.restart})
 
 
 def decode_frame(body: bytes) -> SensorFrame:
     """The frame of `encode_frame`. Raises InputError saying what is wrong with the body."""
-    batch, meta = _read(body)
+    batch, meta = read_batch(body)
     _expect(batch, _FRAME)
     restart = meta.get("restart", False)
     if not isinstance(restart, bool):
@@ -117,8 +129,8 @@ def decode_frame(body: bytes) -> SensorFrame:
     sensor, value, observed = batch.columns
     return SensorFrame(
         _names(sensor),
-        _read_only(value.to_numpy(zero_copy_only=True)),
-        _read_only(observed.to_numpy(zero_copy_only=False)),
+        read_only(value.to_numpy(zero_copy_only=True)),
+        read_only(observed.to_numpy(zero_copy_only=False)),
         restart,
     )
 
@@ -150,12 +162,12 @@ def encode_forecast(forecast: Forecast) -> bytes:
         "blind": forecast.blind,
         "coverage": forecast.coverage,
     }
-    return _write(arrays, schema, meta)
+    return write_batch(arrays, schema, meta)
 
 
 def decode_forecast(body: bytes) -> Forecast:
     """The forecast of `encode_forecast`. Raises InputError saying what is wrong with the body."""
-    batch, meta = _read(body)
+    batch, meta = read_batch(body)
     horizons_s = meta.get("horizons_s")
     if not isinstance(horizons_s, list):
         raise InputError("horizons_s: expected a list of integers (seconds)")
@@ -177,13 +189,13 @@ def decode_forecast(body: bytes) -> Forecast:
         if flat.null_count:
             raise InputError(f"{name}: null values are not expected")
         by_sensor = flat.to_numpy(zero_copy_only=True).reshape(len(column), len(horizons))
-        return _read_only(np.ascontiguousarray(by_sensor.T))
+        return read_only(np.ascontiguousarray(by_sensor.T))
 
     return Forecast(
         _names(batch.column("sensor")),
         horizons,
         matrix("values"),
-        _read_only(batch.column("age_s").to_numpy(zero_copy_only=True)),
+        read_only(batch.column("age_s").to_numpy(zero_copy_only=True)),
         model,
         weights,
         blind,

@@ -10,16 +10,20 @@ import itertools
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
 from stepstream.connectors.base import InputError
-from stepstream.connectors.records import Forecast, Reading, Score, SensorFrame
+from stepstream.connectors.node_ids import MAX_FEATURES, node_fault, text_fault
+from stepstream.connectors.records import Forecast, Interaction, LinkScores, NodeId, Reading, Score, SensorFrame
 
-__all__ = ["JSON_FIELDS", "dump", "fields_of", "kind_of", "load_object"]
+__all__ = ["FRESHNESS", "JSON_FIELDS", "dump", "fields_of", "kind_of", "load_object", "read_freshness", "read_node"]
+
+FRESHNESS = ("per_event", "batch")
+"""What `LinkScores.freshness` may be."""
 
 _DUMP = orjson.OPT_SERIALIZE_NUMPY
 
@@ -240,11 +244,77 @@ def read_score(fields: Mapping[str, Any]) -> Score:
     )
 
 
+def read_node(name: str, value: Any) -> NodeId:
+    """`value` if it is a node id, or InputError naming the field."""
+    fault = node_fault(value)
+    if fault is not None:
+        raise InputError(f"{name}: {fault}")
+    return cast("NodeId", value)
+
+
+def read_freshness(value: object) -> str:
+    """`value` if it is a freshness, or InputError."""
+    if not isinstance(value, str) or value not in FRESHNESS:
+        raise InputError(f"freshness: expected {' or '.join(FRESHNESS)}, got {value!r:.60}")
+    return value
+
+
+def interaction_fields(interaction: Interaction) -> dict[str, Any]:
+    return {
+        "source": interaction.source,
+        "destination": interaction.destination,
+        "features": interaction.features,
+        "event_id": interaction.event_id,
+    }
+
+
+def _finite(name: str, values: list[Any]) -> npt.NDArray[np.float32]:
+    """A list of finite numbers as float32; what overflows it is not finite."""
+    if len(values) > MAX_FEATURES:
+        raise InputError(f"{name}: expected at most {MAX_FEATURES} numbers, got {len(values)}")
+    array = _floats(name, values, (len(values),))
+    if not np.isfinite(array).all():
+        at = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise InputError(f"{name}: expected finite numbers of float32, got {values[at]!r:.60} at {at}")
+    return array
+
+
+def read_interaction(fields: Mapping[str, Any]) -> Interaction:
+    event_id = fields.get("event_id")
+    fault = None if event_id is None else text_fault(event_id)
+    if fault is not None:
+        raise InputError(f"event_id: {fault}")
+    return Interaction(
+        read_node("source", _need(fields, "source")),
+        read_node("destination", _need(fields, "destination")),
+        None if fields.get("features") is None else _finite("features", _list(fields, "features")),
+        event_id,
+    )
+
+
+def link_scores_fields(scores: LinkScores) -> dict[str, Any]:
+    return {name: getattr(scores, name) for name in LinkScores.__slots__}
+
+
+def read_link_scores(fields: Mapping[str, Any]) -> LinkScores:
+    destinations = tuple(read_node("destinations", node) for node in _list(fields, "destinations"))
+    return LinkScores(
+        read_node("source", _need(fields, "source")),
+        destinations,
+        _floats("scores", _list(fields, "scores"), (len(destinations),)),
+        read_freshness(_need(fields, "freshness")),
+        _text(fields, "model"),
+        _text(fields, "weights"),
+    )
+
+
 JSON_FIELDS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[Mapping[str, Any]], Any]]] = {
     Reading: (reading_fields, read_reading),
     SensorFrame: (frame_fields, read_frame),
     Forecast: (forecast_fields, read_forecast),
     Score: (score_fields, read_score),
+    Interaction: (interaction_fields, read_interaction),
+    LinkScores: (link_scores_fields, read_link_scores),
 }
 """Payload type -> (its JSON fields, the payload from JSON fields). Another payload adds one line, or its own entry."""
 

@@ -4,7 +4,7 @@ JSON is for small things and for people, Arrow IPC for arrays: float32 comes bac
 payload's schema; a decoder refuses a version it does not know rather than guess.
 
 JSON has no NaN and no infinity: both are written as null. A null reads back as NaN, except in `age_s`, where it reads
-back as infinity (never observed).
+back as infinity (never observed), and in the features of an interaction, where it is an error.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from stepstream.connectors import codec_arrow, codec_json
+from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_json
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
-from stepstream.connectors.records import Forecast, Reading, Score, SensorFrame
+from stepstream.connectors.records import Forecast, Interaction, LinkScores, Reading, Score, SensorFrame
 
 __all__ = [
     "DEFAULT_MAX_BYTES",
@@ -94,7 +94,8 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 
 def encode(value: object, form: Form | None = None) -> Encoded:
-    """`value` as bytes, in its default form (Reading, Score: json; SensorFrame, Forecast: arrow) or the one asked for.
+    """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores:
+    arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -156,9 +157,12 @@ def json_kinds() -> Mapping[str, type]:
     return {kind_of(payload): payload for payload in codec_json.JSON_FIELDS}
 
 
-for _payload in (Reading, Score):
+for _payload in (Reading, Score, Interaction):
     register_codec(_payload, "json", _json_encoder(_payload), _json_decoder(_payload))
 register_codec(SensorFrame, "arrow", codec_arrow.encode_frame, codec_arrow.decode_frame)
 register_codec(SensorFrame, "json", _json_encoder(SensorFrame), _json_decoder(SensorFrame))
 register_codec(Forecast, "arrow", codec_arrow.encode_forecast, codec_arrow.decode_forecast)
 register_codec(Forecast, "json", _json_encoder(Forecast), _json_decoder(Forecast))
+register_codec(Interaction, "arrow", codec_arrow_graph.encode_interaction, codec_arrow_graph.decode_interaction)
+register_codec(LinkScores, "arrow", codec_arrow_graph.encode_link_scores, codec_arrow_graph.decode_link_scores)
+register_codec(LinkScores, "json", _json_encoder(LinkScores), _json_decoder(LinkScores))

@@ -29,6 +29,7 @@ _FILE_OF_KIND = {
     "score": "scores.jsonl",
     "reading": "readings.jsonl",
     "sensor_frame": "sensor_frames.jsonl",
+    "interaction": "interactions.jsonl",
 }
 _DEAD_LETTERS = "dead_letters.jsonl"
 _PARQUET = "forecasts.parquet"

@@ -2,7 +2,8 @@
 
 `{"type": "reading", "key": "metr-la", "time": "2012-03-01T00:00:00Z", "origin": {"topic": "metr-la", "partition": 0,
 "offset": 7}, "path": [], "sensor": "773869", "value": 64.375}`: the envelope, then the payload's own fields. For
-input the short form `{"key": ..., "sensor": ..., "time": ..., "value": ...}` will do: no type, origin and path.
+input the short form `{"key": ..., "sensor": ..., "time": ..., "value": ...}` will do: no type, origin and path; or
+`{"key": ..., "source": ..., "destination": ..., "time": ...}`, perhaps with `features` and `event_id`: an interaction.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 
 from stepstream.connectors.base import DeadLetter, InputError, Undecodable
 from stepstream.connectors.codec_json import JSON_FIELDS, dump, fields_of, kind_of, load_object
-from stepstream.connectors.records import Origin, Reading, Record
+from stepstream.connectors.records import Interaction, Origin, Reading, Record
 from stepstream.connectors.times import MAX_TIME_NS, MIN_TIME_NS, format_time, parse_time
 
-__all__ = ["dead_letter_to_json", "reading_to_json", "record_from_json", "record_to_json"]
+__all__ = ["dead_letter_to_json", "interaction_to_json", "reading_to_json", "record_from_json", "record_to_json"]
 
 _ENVELOPE = ("type", "key", "time", "origin", "path")
 
@@ -56,6 +57,15 @@ def reading_to_json(record: Record) -> bytes:
         raise InputError(f"expected a Reading, got {type(reading).__name__}")
     time = format_time(record.time_ns)
     return dump({"key": record.key, "sensor": reading.sensor, "time": time, "value": reading.value})
+
+
+def interaction_to_json(record: Record) -> bytes:
+    """An interaction in the short form: key, time, source, destination, and what it has of features and event_id."""
+    interaction = record.value
+    if not isinstance(interaction, Interaction):
+        raise InputError(f"expected an Interaction, got {type(interaction).__name__}")
+    fields = {name: value for name, value in fields_of(interaction).items() if value is not None}
+    return dump({"key": record.key, "time": format_time(record.time_ns)} | fields)
 
 
 def dead_letter_to_json(letter: DeadLetter) -> bytes:
@@ -110,9 +120,11 @@ def record_from_json(
     field and why.
     """
     fields = load_object(body)
-    kind = fields.get("type", "reading")
+    kind = fields.get("type", "interaction" if "destination" in fields else "reading")
     if kind == "reading" and type(fields.get("sensor")) is int:
         fields["sensor"] = str(fields["sensor"])  # many networks number their sensors
+    elif kind == "interaction" and type(fields.get("event_id")) is int:
+        fields["event_id"] = str(fields["event_id"])  # and many sources their events
     named = fields.get("key", key)
     if not isinstance(named, str):
         raise InputError("key: missing" if named is None else f"key: expected text, got {named!r:.60}")

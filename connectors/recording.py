@@ -23,11 +23,14 @@ ENTRY_POINTS = "stepstream.readers"
 HEAD_BYTES = 64 * 1024
 
 READERS: dict[str, str] = {
+    "interactions-npz": "stepstream.connectors.interactions_npz:InteractionsNpz",
+    "interactions-jodie": "stepstream.connectors.interactions_jodie:InteractionsJodie",
+    "interactions-csv": "stepstream.connectors.interactions_csv:InteractionsCsv",
     "traffic-npz": "stepstream.connectors.traffic_npz:TrafficNpz",
     "traffic-csv": "stepstream.connectors.traffic_csv:TrafficCsv",
     "traffic-h5": "stepstream.connectors.traffic_h5:TrafficH5",
 }
-"""Format -> where its reader is. They are asked in this order; a new format adds one line."""
+"""Format -> where its reader is. They are asked in this order, particular ones first; a new format adds one line."""
 
 
 @runtime_checkable

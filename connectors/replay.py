@@ -1,24 +1,23 @@
-"""`replay`: a traffic recording as a source, in event time, at its own pace or as fast as it goes."""
+"""`replay`: a recording as a source, in event time, at its own pace or as fast as it goes."""
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field, field_validator
 
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError, Partition
-from stepstream.connectors.bulk import make_readings
-from stepstream.connectors.recording import open_recording
-from stepstream.connectors.records import Origin, Reading, Record, SensorFrame
-from stepstream.connectors.times import format_time, parse_time
+from stepstream.connectors.interactions import InteractionRecording
+from stepstream.connectors.recording import find_reader, open_recording
+from stepstream.connectors.records import Interaction, Reading, Record, SensorFrame
+from stepstream.connectors.replay_interactions import InteractionSelection
+from stepstream.connectors.replay_traffic import TrafficSelection
+from stepstream.connectors.times import parse_time
 from stepstream.connectors.traffic import TrafficRecording
 
 __all__ = ["DATASETS", "Replay", "open_dataset"]
@@ -27,6 +26,16 @@ DATASETS: dict[str, tuple[str, str]] = {"metr-la-week": ("stepstream.data", "met
 """Recordings inside the package: name -> (package, file)."""
 
 DEFAULT_DATASET = "metr-la-week"
+
+_EMITTED: dict[str, type] = {"readings": Reading, "frames": SensorFrame, "interactions": Interaction}
+_EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",)}
+"""Modality -> what its recordings can be emitted as, the default first."""
+
+# Options that mean something for one modality only.
+_ONLY = {
+    "traffic": ("sensors", "graph", "zero_is_missing", "feature", "recording_start", "step_s"),
+    "graph": ("order", "time_unit", "separate_ids"),
+}
 
 
 def open_dataset(name: str, options: Mapping[str, object] | None = None) -> TrafficRecording:
@@ -42,28 +51,44 @@ def open_dataset(name: str, options: Mapping[str, object] | None = None) -> Traf
     return recording
 
 
-class Replay(base.Source):
-    """A recording as readings or frames, one partition, offsets counted from the first selected frame.
+class _Selection(Protocol):
+    """The records of a recording that are played, at offsets from 0."""
 
-    `emit: readings` gives one `Reading` for each value that is there, sensors in the recording's order, nothing for a
-    missing one; `emit: frames` one `SensorFrame` for each frame, observed or not. The offsets are those of this
-    selection (start, end, sensors, emit): they mean something else after one of these options changed.
+    @property
+    def total(self) -> int: ...
+
+    def time_of(self, offset: int) -> int: ...
+
+    def take(self, offset: int, room: int, paced: bool) -> list[Record]: ...
+
+
+class Replay(base.Source):
+    """A recording as records, one partition, offsets counted from the first selected record.
+
+    Traffic: `emit: readings` (the default) gives one `Reading` for each value that is there, sensors in the recording's
+    order, nothing for a missing one; `emit: frames` one `SensorFrame` for each frame, observed or not. A graph: one
+    `Interaction` for each row, in the order of the file, which need not be that of time (the operator `interactions`
+    is there for that), or with `order: time` by time, those of one time in the order of the file.
+    The offsets are those of this selection (start, end, sensors, emit, order): they mean something else after one of
+    these options changed.
     At a number as speed, a record is due when as much wall time (times speed) has passed since the first poll as event
-    time since the record that poll began with; `pace_from` lets a runtime catch up first.
+    time since the record that poll began with, and never before the one that stands before it; `pace_from` lets a
+    runtime catch up first.
     """
 
     class Options(base.Options):
         """`path` or, without one, `dataset` inside the package; with a path, `dataset` names the recording.
 
         `speed`: "max", or a number (1: real time). `key`: default the recording's name. `start` (included) and `end`
-        (excluded): ISO 8601. `sensors`: only these, in this order. `format`: instead of finding it from the content.
-        `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions.
+        (excluded): ISO 8601. `format`: instead of finding it from the content. Traffic: `sensors`: only these, in this
+        order; `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions. A graph: `order`;
+        `time_unit`, `separate_ids`: see InteractionOptions.
         """
 
         path: Path | None = None
         dataset: str | None = None
         speed: Literal["max"] | float = "max"
-        emit: Literal["readings", "frames"] = "readings"
+        emit: Literal["readings", "frames", "interactions"] | None = None
         key: str | None = None
         start: str | None = None
         end: str | None = None
@@ -74,6 +99,9 @@ class Replay(base.Source):
         feature: int = Field(default=0, ge=0)
         recording_start: str | None = None
         step_s: int | None = Field(default=None, gt=0)
+        order: Literal["file", "time"] = "file"
+        time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+        separate_ids: bool | None = None
 
         @field_validator("speed")
         @classmethod
@@ -91,30 +119,30 @@ class Replay(base.Source):
 
     @classmethod
     def emits(cls, options: Options) -> tuple[type, ...]:
-        """The payload types of the records, for `stepstream describe`."""
-        return (Reading,) if options.emit == "readings" else (SensorFrame,)
+        """The payload types of the records, for `stepstream describe`; all there could be if the file is not there."""
+        if options.emit is not None:
+            return (_EMITTED[options.emit],)
+        modality = "traffic"
+        if options.path is not None:
+            try:
+                modality = find_reader(options.path, options.format).modality
+            except InputError:
+                return (Reading, Interaction)
+        return (_EMITTED[_EMITS.get(modality, _EMITS["traffic"])[0]],)
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.recording = self._open()
-        first, last = self._slots()
-        columns = self._columns()
-        self.sensors: tuple[str, ...] = tuple(self.recording.sensors[i] for i in columns)
-        values = self.recording.values[first:last]
-        self._values = values if len(columns) == values.shape[1] and columns == sorted(columns) else values[:, columns]
-        self._times = self.recording.times_ns[first:last].tolist()
-        self._topic = self.recording.name
-        self._key = options.key or self.recording.name
-        # _starts[t] is the offset of the first record of frame t; the last entry is the number of records.
-        self._starts = self._count_records()
+        self.recording: Any = self._open()
+        self._selection = self._select(self.recording)
+        self._topic: str = self.recording.name
+        self._total = self._selection.total
         self._next = 0  # offset of the next record
-        self._frame = 0  # the frame it lies in
         self._anchor: tuple[float, int] | None = None  # (monotonic seconds, event time) that pace is kept from
         self._paced_from = 0
 
-    def _open(self) -> TrafficRecording:
+    def _open(self) -> Any:
         options = self.options
-        reading = {
+        traffic = {
             "graph": options.graph,
             "zero_is_missing": options.zero_is_missing,
             "feature": options.feature,
@@ -122,46 +150,37 @@ class Replay(base.Source):
             "step_s": options.step_s,
         }
         if options.path is None:
-            return open_dataset(options.dataset or DEFAULT_DATASET, reading)
-        recording = open_recording(options.path, options.format, {"name": options.dataset, **reading})
-        if not isinstance(recording, TrafficRecording):
-            modality = recording.summary().get("modality", type(recording).__name__)
-            raise InputError(f"path: {options.path} is a {modality} recording; replay takes traffic recordings")
-        return recording
+            self._check_modality("traffic")
+            return open_dataset(options.dataset or DEFAULT_DATASET, traffic)
+        modality = find_reader(options.path, options.format).modality
+        self._check_modality(modality)
+        graph = {"time_unit": options.time_unit, "separate_ids": options.separate_ids}
+        given = {"name": options.dataset, **(graph if modality == "graph" else traffic)}
+        return open_recording(options.path, options.format, given)
 
-    def _slots(self) -> tuple[int, int]:
-        times, options = self.recording.times_ns, self.options
-        first = 0 if options.start is None else int(np.searchsorted(times, parse_time(options.start)))
-        last = len(times) if options.end is None else int(np.searchsorted(times, parse_time(options.end)))
-        if first >= last:
-            raise InputError(
-                f"start, end: {self.recording.name} has nothing in {options.start or '..'} to {options.end or '..'}; "
-                f"it has {format_time(self.recording.start_ns, '')} to {format_time(self.recording.end_ns, '')}"
-            )
-        return first, last
+    def _check_modality(self, modality: str) -> None:
+        """That the options are those of a modality."""
+        where = self.options.path or self.options.dataset or DEFAULT_DATASET
+        if modality not in _EMITS:
+            raise InputError(f"path: {where} is a {modality} recording; replay takes {' and '.join(_EMITS)} recordings")
+        fields = type(self.options).model_fields
+        for other, names in _ONLY.items():
+            for name in names:
+                if other != modality and getattr(self.options, name) != fields[name].default:
+                    raise InputError(f"{name}: is for {other} recordings, and {where} is a {modality} recording")
+        if self.options.emit is not None and self.options.emit not in _EMITS[modality]:
+            expected = " or ".join(_EMITS[modality])
+            raise InputError(f"emit: {where} is a {modality} recording: expected {expected}, got {self.options.emit}")
 
-    def _columns(self) -> list[int]:
-        if self.options.sensors is None:
-            return list(range(len(self.recording.sensors)))
-        if not self.options.sensors:
-            raise InputError("sensors: expected at least one")
-        at = {sensor: i for i, sensor in enumerate(self.recording.sensors)}
-        for sensor in self.options.sensors:
-            if sensor not in at:
-                close = difflib.get_close_matches(sensor, at, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise InputError(f"sensors: {sensor!r} is not in {self.recording.name} ({len(at)} sensors){hint}")
-        if len(set(self.options.sensors)) != len(self.options.sensors):
-            raise InputError("sensors: the same sensor is named twice")
-        return [at[sensor] for sensor in self.options.sensors]
-
-    def _count_records(self) -> npt.NDArray[np.int64]:
-        frames = len(self._times)
-        if self.options.emit == "frames":
-            return np.arange(frames + 1, dtype=np.int64)
-        starts = np.zeros(frames + 1, np.int64)
-        np.cumsum(self._values.shape[1] - np.isnan(self._values).sum(axis=1), out=starts[1:])
-        return starts
+    def _select(self, recording: Any) -> _Selection:
+        options = self.options
+        if isinstance(recording, InteractionRecording):
+            return InteractionSelection(recording, options.key, options.order, options.start, options.end)
+        if isinstance(recording, TrafficRecording):
+            emit = options.emit or _EMITS["traffic"][0]
+            return TrafficSelection(recording, options.key, emit, options.start, options.end, options.sensors)
+        kind = type(recording).__name__
+        raise InputError(f"path: {options.path}: its reader gives {kind}, no TrafficRecording or InteractionRecording")
 
     @property
     def topic(self) -> str:
@@ -175,8 +194,6 @@ class Replay(base.Source):
         for partition, offset in offsets.items():
             self._check(partition, offset)
             self._next = offset
-            # The last frame that starts at or before the offset and is not empty before it.
-            self._frame = int(np.searchsorted(self._starts, offset, side="right")) - 1
             self._anchor = None
 
     def pace_from(self, offsets: Mapping[Partition, int]) -> None:
@@ -190,29 +207,27 @@ class Replay(base.Source):
         if not 0 <= offset <= self._total:
             raise InputError(
                 f"offset: {offset} is not in {self._topic}; expected 0 to {self._total} "
-                "(was the run begun with another recording, or other start, end, sensors, emit?)"
+                "(was the run begun with another recording, or other start, end, sensors, emit, order?)"
             )
-
-    @property
-    def _total(self) -> int:
-        return int(self._starts[-1])
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         records: list[Record] = []
         deadline = time.monotonic() + max(0.0, timeout_s)
         while len(records) < max_records and self._next < self._total:
-            while self._starts[self._frame + 1] <= self._next:
-                self._frame += 1  # over frames in which nothing was observed
-            if not self._due(deadline if not records else 0.0):
+            room, paced = max_records - len(records), self.options.speed != "max"
+            if paced and self._next < self._paced_from:
+                room, paced = min(room, self._paced_from - self._next), False
+            elif paced and not self._due(deadline if not records else 0.0):
                 break
-            self._take(records, max_records - len(records))
+            taken = self._selection.take(self._next, room, paced)
+            records += taken
+            self._next += len(taken)
         return records
 
     def _due(self, deadline: float) -> bool:
-        """Whether the frame's time has come; sleeps for it until `deadline` at most."""
-        if self.options.speed == "max" or self._next < self._paced_from:
-            return True
-        now, event = time.monotonic(), self._times[self._frame]
+        """Whether the next record's time has come; sleeps for it until `deadline` at most."""
+        assert not isinstance(self.options.speed, str)
+        now, event = time.monotonic(), self._selection.time_of(self._next)
         if self._anchor is None:
             self._anchor = (now, event)
         at = self._anchor[0] + (event - self._anchor[1]) / 1e9 / self.options.speed
@@ -220,24 +235,6 @@ class Replay(base.Source):
             time.sleep(min(at, deadline) - now)
             now = time.monotonic()
         return bool(now >= at)
-
-    def _take(self, records: list[Record], room: int) -> None:
-        """Appends what is left of the current frame, at most `room` records."""
-        row, time_ns = self._values[self._frame], self._times[self._frame]
-        if self.options.emit == "frames":
-            observed = ~np.isnan(row)
-            values = np.where(observed, row, np.float32(0))
-            for array in (observed, values):
-                array.setflags(write=False)
-            frame = SensorFrame(self.sensors, values, observed)
-            records.append(Record(self._key, time_ns, frame, Origin(self._topic, 0, self._next)))
-            self._next += 1
-            return
-        skipped = self._next - int(self._starts[self._frame])
-        present = np.flatnonzero(~np.isnan(row))[skipped : skipped + room]
-        names = [self.sensors[i] for i in present.tolist()]
-        records += make_readings(self._topic, self._next, self._key, time_ns, names, row[present].tolist())
-        self._next += len(names)
 
     @property
     def ended(self) -> bool:

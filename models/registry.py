@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stepstream.models.base import StreamModel
+from stepstream.models.dyngraph.base import GraphModel
 from stepstream.models.weights import Card, WeightsError, find_weights, load_into, read_card, shipped_weights
 
 __all__ = ["LoadedModel", "ModelEntry", "catalogue", "load_model", "model_class", "model_entry"]
@@ -77,6 +78,78 @@ _ENTRIES = (
         "exact",
         "the training part's mean of the same slot of the week",
     ),
+    ModelEntry(
+        "edgebank",
+        "stepstream.models.dyngraph.edgebank:EdgeBank",
+        "graph",
+        "baseline",
+        "unbounded",
+        "exact",
+        "a link is likely if it was there before",
+    ),
+    ModelEntry(
+        "edgebank-window",
+        "stepstream.models.dyngraph.edgebank:EdgeBankWindow",
+        "graph",
+        "baseline",
+        "a window of time",
+        "exact",
+        "a link is likely if it was there within the window",
+    ),
+    ModelEntry(
+        "recency",
+        "stepstream.models.dyngraph.recency:Recency",
+        "graph",
+        "baseline",
+        "unbounded",
+        "exact",
+        "a source's earlier destinations, the latest first",
+    ),
+    ModelEntry(
+        "nat",
+        "stepstream.models.dyngraph.nat:NAT",
+        "graph",
+        "model",
+        "unbounded",
+        "one by one, to 1e-5 in float32",
+        "links from joint neighbourhoods, kept in caches of constant size",
+    ),
+    ModelEntry(
+        "tgn",
+        "stepstream.models.dyngraph.tgn:TGN",
+        "graph",
+        "model",
+        "unbounded",
+        "batch by batch, exact",
+        "memories of nodes, and attention over their latest neighbours",
+    ),
+    ModelEntry(
+        "jodie",
+        "stepstream.models.dyngraph.jodie:JODIE",
+        "graph",
+        "model",
+        "unbounded",
+        "batch by batch, exact",
+        "memories of nodes, projected to the time asked about",
+    ),
+    ModelEntry(
+        "apan",
+        "stepstream.models.dyngraph.apan:APAN",
+        "graph",
+        "model",
+        "unbounded",
+        "batch by batch, exact",
+        "mails to neighbours, and attention over a node's mailbox",
+    ),
+    ModelEntry(
+        "pres",
+        "stepstream.models.dyngraph.backbones:PRES",
+        "graph",
+        "model",
+        "unbounded",
+        "batch by batch, exact",
+        "a memory network whose memory is predicted and corrected, for large batches",
+    ),
 )
 
 
@@ -100,7 +173,7 @@ def model_entry(name: str) -> ModelEntry:
     raise WeightsError(f"no model is called {name!r}: {hint}")
 
 
-def model_class(name: str) -> type[StreamModel]:
+def model_class(name: str) -> type[StreamModel | GraphModel]:
     """The class of a registered name, an entry point of group `stepstream.models`, or `package.module:Name`."""
     if ":" in name:
         target = name
@@ -112,8 +185,8 @@ def model_class(name: str) -> type[StreamModel]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise WeightsError(f"model {name!r} cannot be imported: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, StreamModel)):
-        raise WeightsError(f"model {name!r} is {found!r}: a StreamModel class was expected")
+    if not (isinstance(found, type) and issubclass(found, StreamModel | GraphModel)):
+        raise WeightsError(f"model {name!r} is {found!r}: a StreamModel or GraphModel class was expected")
     return found
 
 
@@ -124,6 +197,8 @@ def load_model(name: str, weights: str | Path) -> LoadedModel:
     any weights and leaves the tensors alone. Raises WeightsError if name, card and tensors do not fit.
     """
     cls = model_class(name)
+    if not issubclass(cls, StreamModel):
+        raise WeightsError(f"model {name!r} is for {cls.task}: one that steps over windows was expected")
     found = find_weights(weights)
     if cls.needs_weights and found.card.model != name:
         raise WeightsError(f"{found.folder} holds weights of {found.card.model!r}, not of {name!r}")

@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
-
-from stepstream.models.base import StreamModel
+from torch import nn
 
 __all__ = [
     "Card",
@@ -101,7 +100,7 @@ def find_weights(weights: str | Path) -> Weights:
     return Weights(folder, read_card(folder), folder.name)
 
 
-def load_into(model: StreamModel, weights: Weights) -> None:
+def load_into(model: nn.Module, weights: Weights) -> None:
     """Loads parameters and buffers; raises WeightsError unless every name, shape and the checksum fit."""
     path = weights.folder / "model.safetensors"
     try:
@@ -132,7 +131,7 @@ def load_into(model: StreamModel, weights: Weights) -> None:
     model.load_state_dict(tensors)
 
 
-def save_weights(model: StreamModel, folder: Path, card: Card) -> Card:
+def save_weights(model: nn.Module, folder: Path, card: Card) -> Card:
     """Writes a folder of weights; returns the card with its checksum."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"

@@ -14,14 +14,14 @@ from typing import Any, BinaryIO, TypeAlias
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.output import OutputError, writing
-from stepstream.connectors.record_json import reading_to_json, record_to_json
-from stepstream.connectors.records import Reading, Record
+from stepstream.connectors.record_json import interaction_to_json, reading_to_json, record_to_json
+from stepstream.connectors.records import Interaction, Reading, Record
 from stepstream.connectors.replay import Replay
 
 __all__ = ["publish"]
 
 _BATCH = 5000
-_TAIL = 1 << 20  # longer than any line of a reading
+_TAIL = 1 << 20  # longer than any line of a reading or an interaction
 
 
 def publish(
@@ -29,27 +29,31 @@ def publish(
     to: str,
     speed: float | None,
     form: str | None = None,
-    emit: str = "readings",
+    emit: str | None = None,
     kafka: Mapping[str, Any] | None = None,
     stop: threading.Event | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
+    graph: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Replays a recording to a folder (its `readings.jsonl`, replaced if there), to stdout for "-", or to kafka:TOPIC.
+    """Replays a recording to a folder (its `readings.jsonl` or `interactions.jsonl`, replaced if there), to stdout for
+    "-", or to kafka:TOPIC.
 
     `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
-    of a moment. `kafka`: the options of a kafka sink besides `topic`.
+    of a moment, or interactions; None: what the recording holds. `kafka`: the options of a kafka sink besides `topic`.
+    `graph`: options of `Replay` that are for edge lists only (order, time_unit).
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts. Raises
     InputError for a recording that cannot be read and a destination that is none, and
     OutputError for one that cannot be written: whole lines stay there.
     """
     options = {"path": str(path), "speed": "max" if speed is None else speed, "format": form, "emit": emit}
-    source = Replay(Replay.Options.model_validate(options))
+    source = Replay(Replay.Options.model_validate(options | dict(graph or {})))
+    file = "interactions.jsonl" if Interaction in Replay.emits(source.options) else "readings.jsonl"
     stop = threading.Event() if stop is None else stop
     started = time.monotonic()
     done = 0
     try:
-        with _destination(to, kafka or {}) as (write, name):
+        with _destination(to, kafka or {}, file) as (write, name):
             while not source.ended and not stop.is_set():
                 records = source.poll(_BATCH, 0.2)
                 if records:
@@ -68,8 +72,12 @@ def publish(
     }
 
 
+_SHORT: dict[type, Callable[[Record], bytes]] = {Reading: reading_to_json, Interaction: interaction_to_json}
+
+
 def _line(record: Record) -> bytes:
-    return (reading_to_json(record) if isinstance(record.value, Reading) else record_to_json(record)) + b"\n"
+    to_json = _SHORT.get(type(record.value), record_to_json)
+    return to_json(record) + b"\n"
 
 
 _Write: TypeAlias = Callable[[Sequence[Record]], None]
@@ -84,12 +92,12 @@ def _lines_to(out: BinaryIO) -> _Write:
 
 
 class _Folder(AbstractContextManager["tuple[_Write, str]"]):
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str) -> None:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--to {folder}: a file; expected a folder, - or kafka:TOPIC")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "readings.jsonl"
+        self._path = folder / file
 
     def __enter__(self) -> tuple[_Write, str]:
         with writing(self._path):
@@ -150,11 +158,11 @@ def _kafka(to: str, options: Mapping[str, Any]) -> Iterator[tuple[_Write, str]]:
         sink.close()
 
 
-def _destination(to: str, kafka: Mapping[str, Any]) -> AbstractContextManager[tuple[_Write, str]]:
+def _destination(to: str, kafka: Mapping[str, Any], file: str) -> AbstractContextManager[tuple[_Write, str]]:
     if to == "-":
         return _standard_output()
     if to.startswith("kafka:"):
         return _kafka(to, kafka)
     if not to:
         raise InputError("--to: empty; expected a folder, - or kafka:TOPIC")
-    return _Folder(Path(to))
+    return _Folder(Path(to), file)

@@ -37,6 +37,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "align": "stepstream.operators.align:Align",
         "forecast": "stepstream.operators.forecast:Forecaster",
         "score": "stepstream.operators.score:Scorer",
+        "interactions": "stepstream.operators.interactions:Interactions",
+        "links": "stepstream.operators.links:Links",
         "null": "stepstream.operators.null:Null",
     },
     "engine": {

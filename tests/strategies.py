@@ -10,7 +10,16 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from stepstream.connectors.records import Forecast, Origin, Reading, Record, Score, SensorFrame
+from stepstream.connectors.records import (
+    Forecast,
+    Interaction,
+    LinkScores,
+    Origin,
+    Reading,
+    Record,
+    Score,
+    SensorFrame,
+)
 
 # Lone surrogates have no UTF-8 form, so no wire can carry them.
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
@@ -81,8 +90,30 @@ scores = st.builds(
     window_covered=fractions,
 )
 
-payloads = readings | frames() | forecasts() | scores
-json_payloads = readings | frames(finite_only=True) | forecasts(finite_only=True) | scores
+names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12)
+node_ids = st.integers(-(2**63), 2**63 - 1) | names
+edge_features = st.integers(0, 5).flatmap(lambda width: float32s((width,), finite_only=True))
+interactions = st.builds(Interaction, node_ids, node_ids, st.none() | edge_features, st.none() | names)
+
+
+@st.composite
+def link_scores(draw: st.DrawFn, finite_only: bool = False) -> LinkScores:
+    """Scores of 0 to 6 destinations."""
+    nodes = tuple(draw(st.lists(node_ids, max_size=6)))
+    freshness = draw(st.sampled_from(["per_event", "batch"]))
+    values = draw(float32s((len(nodes),), finite_only))
+    return LinkScores(draw(node_ids), nodes, values, freshness, draw(texts), draw(texts))
+
+
+payloads = readings | frames() | forecasts() | scores | interactions | link_scores()
+json_payloads = (
+    readings
+    | frames(finite_only=True)
+    | forecasts(finite_only=True)
+    | scores
+    | interactions
+    | link_scores(finite_only=True)
+)
 origins = st.builds(Origin, texts, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
 paths = st.lists(st.integers(0, 2**31), max_size=3).map(tuple)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stepstream.connectors.records import Origin, Reading, Record, SensorFrame
+from stepstream.connectors.records import Interaction, NodeId, Origin, Reading, Record, SensorFrame
 from stepstream.operators.base import Operator
 
 SECOND = 1_000_000_000
@@ -62,6 +62,20 @@ def frame(
         restart,
     )
     return Record(key, time_ns, payload, Origin("in", 0, offset))
+
+
+def edge(
+    offset: int,
+    time_ns: int,
+    source: NodeId = 1,
+    destination: NodeId = 2,
+    event_id: str | None = None,
+    features: Sequence[float] | None = None,
+    key: str = "net",
+) -> Record:
+    """An input record with an interaction."""
+    values = None if features is None else np.array(features, dtype=np.float32)
+    return Record(key, time_ns, Interaction(source, destination, values, event_id), Origin("in", 0, offset))
 
 
 def plain(value: Any) -> Any:

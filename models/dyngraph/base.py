@@ -26,6 +26,11 @@ class GraphModel(ABC):
     task: ClassVar[str] = "graph"
     needs_weights: ClassVar[bool] = True
 
+    @classmethod
+    def from_card(cls, card: dict[str, Any]) -> GraphModel:
+        """The model that the JSON form of a `stepstream.models.weights.Card` describes, its parameters not loaded."""
+        return cls(**card["config"])
+
     @abstractmethod
     def initial_state(self, nodes: int) -> GraphState:
         """The state of a graph of `nodes` nodes in which nothing has happened."""

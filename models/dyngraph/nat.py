@@ -66,6 +66,11 @@ class NAT(nn.Module, GraphModel):
         self._prepared: tuple[Any, tuple[Any, ...]] | None = None
         self.out = nn.Sequential(nn.Linear(pair, c.hidden), nn.ReLU(), nn.Linear(c.hidden, 1))
 
+    @classmethod
+    def from_card(cls, card: dict[str, Any]) -> NAT:
+        """The model whose `NATConfig` is the card's `config`."""
+        return cls(NATConfig(**card["config"]))
+
     # ---- state
 
     def initial_state(self, nodes: int, first: int = 0) -> GraphState:

@@ -27,6 +27,7 @@ __all__ = [
     "DebugOption",
     "FormatOption",
     "JsonOption",
+    "TimeUnitOption",
     "WrongUse",
     "complain",
     "console",
@@ -37,6 +38,7 @@ __all__ = [
     "number",
     "options_from",
     "progress_console",
+    "time_unit_option",
     "use_current_folder",
     "verb",
     "wrong_use_of",
@@ -46,6 +48,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 FormatOption = Annotated[
     str | None,
     typer.Option("--format", help="A format, or package.module:Class.", show_default="found from the content"),
+]
+TimeUnitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--time-unit",
+        help="Unit of the times of an edge list: s, ms, us or ns.",
+        show_default="judged from the largest",
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -87,6 +97,15 @@ def wrong_use_of(*options: str) -> Iterator[None]:
         if any(re.search(rf"(^|\s){option}\b", str(error)) for option in options):
             raise WrongUse(str(error)) from error
         raise
+
+
+def time_unit_option(unit: str | None) -> dict[str, str]:
+    """`--time-unit` as an option of a reader or of `replay`."""
+    if unit is None:
+        return {}
+    if unit not in ("s", "ms", "us", "ns"):
+        raise WrongUse(f"--time-unit {unit}: expected s, ms, us or ns")
+    return {"time_unit": unit}
 
 
 def _reader_left() -> NoReturn:

@@ -28,6 +28,7 @@ EXAMPLES = """\b
 Examples:
   stepstream evaluate sttn --data metr_la.npz --weights sttn-metr-la
   stepstream evaluate persistence --data metr_la.npz
+  stepstream evaluate recency --data wikipedia.npz
   stepstream evaluate sttn --data metr_la.npz --weights sttn-metr-la --json | jq .metrics.mae_15
 """
 # A baseline that is fitted while evaluating and cannot be served, so no registered model.
@@ -70,6 +71,10 @@ def evaluate(
     rows = {model: summary["metrics"], **dict(summary.get("baselines") or {})}
     if "warm" in summary:
         rows = {f"{model}, cold": rows.pop(model), f"{model}, warm": summary["warm"], **rows}
+    if "per_event" in summary:
+        out.print(models_table("state refreshed in batches", rows))
+        out.print(models_table("per event", {model: summary["per_event"], **summary["baselines_per_event"]}))
+        return
     out.print(metrics_table(rows))
 
 
@@ -84,4 +89,17 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Any:
         table.add_column(column.replace("_", " "), justify="right")
     for model, metrics in rows.items():
         table.add_row(model, *(number(metrics.get(column)) for column in columns))
+    return table
+
+
+def models_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Any:
+    """One column for each model, one row for each metric: for tasks with many metrics."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("metric", no_wrap=True)
+    for model in rows:
+        table.add_column(model, justify="right", no_wrap=True)
+    for metric in dict.fromkeys(name for metrics in rows.values() for name in metrics):
+        table.add_row(metric.replace("_", " "), *(number(metrics.get(metric)) for metrics in rows.values()))
     return table

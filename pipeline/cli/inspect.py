@@ -11,9 +11,11 @@ from stepstream.pipeline.cli.common import (
     DebugOption,
     FormatOption,
     JsonOption,
+    TimeUnitOption,
     console,
     emit_json,
     key_values,
+    time_unit_option,
     use_current_folder,
     verb,
 )
@@ -25,6 +27,7 @@ Examples:
   stepstream inspect metr_la.npz
   stepstream inspect recordings/            every recording in a folder
   stepstream inspect metr_la.npz --json | jq .missing_fraction
+  stepstream inspect edges.csv --time-unit ms
 """
 
 
@@ -32,12 +35,13 @@ Examples:
 def inspect(
     path: Annotated[Path, typer.Argument(help="A recording, or a folder of recordings.", show_default=False)],
     form: FormatOption = None,
+    time_unit: TimeUnitOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """What a recording holds: its modality and format (found from its content), how much, from when to when."""
     use_current_folder()
-    found, skipped = _summaries(path, form)
+    found, skipped = _summaries(path, form, time_unit_option(time_unit))
     if path.is_dir() and not (len(found) == 1 and found[0]["path"] == str(path)):
         if as_json:
             emit_json({"path": str(path), "recordings": found, "skipped": skipped})
@@ -53,13 +57,15 @@ def inspect(
         _show(found[0])
 
 
-def _summaries(path: Path, form: str | None) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def _summaries(
+    path: Path, form: str | None, options: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """What is in the recording at `path`, or in each recording of that folder, and the files that are none."""
     from stepstream.connectors.base import InputError
     from stepstream.connectors.recording import open_recording
 
     try:
-        return [{"path": str(path), **open_recording(path, form).summary()}], []
+        return [{"path": str(path), **open_recording(path, form, options).summary()}], []
     except InputError as error:
         if not path.is_dir():
             raise
@@ -68,7 +74,7 @@ def _summaries(path: Path, form: str | None) -> tuple[list[dict[str, Any]], list
     skipped: list[dict[str, str]] = []
     for child in sorted(child for child in path.iterdir() if not child.name.startswith(".")):
         try:
-            found.append({"path": str(child), **open_recording(child, form).summary()})
+            found.append({"path": str(child), **open_recording(child, form, options).summary()})
         except InputError as error:
             skipped.append({"path": str(child), "reason": str(error)})
     if not found:

@@ -11,11 +11,13 @@ from stepstream.pipeline.cli.common import (
     DebugOption,
     FormatOption,
     JsonOption,
+    TimeUnitOption,
     WrongUse,
     console,
     emit_json,
     number,
     options_from,
+    time_unit_option,
     use_current_folder,
     verb,
 )
@@ -29,6 +31,7 @@ Examples:
   stepstream replay metr_la.npz --to - --rate 20 | head
   stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1 --servers broker:9092
   stepstream replay metr_la.npz --to kafka:traffic.frames --emit frames --set security.protocol=SSL
+  stepstream replay bitcoin_alpha.csv --to edges/ --sort    writes edges/interactions.jsonl, by time
 """
 
 
@@ -43,8 +46,17 @@ def replay(
     ] = "max",
     form: FormatOption = None,
     emit: Annotated[
-        str, typer.Option("--emit", help="readings, or frames: all readings of a moment in one record.")
-    ] = "readings",
+        str | None,
+        typer.Option(
+            "--emit",
+            help="readings, or frames: all readings of a moment in one record.",
+            show_default="readings; interactions of a graph",
+        ),
+    ] = None,
+    in_time_order: Annotated[
+        bool, typer.Option("--sort", help="Interactions by time, not in the order of the file.")
+    ] = False,
+    time_unit: TimeUnitOption = None,
     servers: Annotated[
         str, typer.Option("--servers", envvar="STEPSTREAM_SERVERS", help="The brokers of kafka:TOPIC, host:port,...")
     ] = "127.0.0.1:9092",
@@ -55,18 +67,19 @@ def replay(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Publishes a recording as live readings: into a folder, to stdout as JSON lines, or to a Kafka topic."""
+    """Publishes a recording as live records: into a folder, to stdout as JSON lines, or to a Kafka topic."""
     use_current_folder()
     speed = _speed(rate)
     if to == "-" and as_json:
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
-    if emit not in ("readings", "frames"):
-        raise WrongUse(f"--emit {emit}: expected readings or frames")
+    if emit not in (None, "readings", "frames", "interactions"):
+        raise WrongUse(f"--emit {emit}: expected readings, frames or interactions")
+    graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 
     with stop_on_signals() as stop, record_progress(f"replay {path.name}") as update:
-        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update)
+        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update, graph)
     if as_json:
         emit_json(summary)
     else:

@@ -65,13 +65,19 @@ def train(
     `options`: fields of the model's training options; "resume": False starts anew. Returns the card's scores and
     where things are. Raises InputError for what cannot be trained.
     """
-    from stepstream.pipeline.training import traffic
-
     given = dict(options or {})
     resume = bool(given.pop("resume", True))
     if minutes is not None:
         given["minutes"] = minutes
-    return traffic.train(model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event())
+    fit: Any
+    if _task(model) == "graph":
+        from stepstream.pipeline.training import graph_fit as fit
+    else:
+        from stepstream.pipeline.training import traffic as fit
+    found: dict[str, Any] = fit.train(
+        model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event()
+    )
+    return found
 
 
 def evaluate(
@@ -85,8 +91,24 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model or baseline on a recording: {model, task, split, metrics, baselines, ...}.
 
-    `options`: "split" (test), "graph" (a file). Raises InputError or WeightsError for what cannot be evaluated.
+    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit". Raises InputError or
+    WeightsError for what cannot be evaluated.
     """
+    if _task(model) == "graph":
+        from stepstream.pipeline.training import graph
+
+        return graph.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
     from stepstream.pipeline.training import traffic
 
     return traffic.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
+
+
+def _task(model: str) -> str:
+    """What a model is for; what is not registered (ridge) is fitted to traffic."""
+    from stepstream.models.registry import model_class
+    from stepstream.models.weights import WeightsError
+
+    try:
+        return model_class(model).task
+    except WeightsError:
+        return "traffic"

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import forecasts, frames, payloads, readings, same, scores
+from strategies import forecasts, frames, interactions, link_scores, payloads, readings, same, scores
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codecs import decode, encode, kind_of, parse_content_type, register_codec
-from stepstream.connectors.records import Forecast, Reading, SensorFrame
+from stepstream.connectors.node_ids import interaction_fault
+from stepstream.connectors.records import Forecast, Interaction, LinkScores, Reading, SensorFrame
 
 
 def back(value: Any, form: Any = None) -> Any:
@@ -22,12 +23,19 @@ def back(value: Any, form: Any = None) -> Any:
     return decode(encoded.content_type, encoded.body)
 
 
-@given(readings | scores | frames(finite_only=True) | forecasts(finite_only=True))
+@given(
+    readings
+    | scores
+    | frames(finite_only=True)
+    | forecasts(finite_only=True)
+    | interactions
+    | link_scores(finite_only=True)
+)
 def test_json_gives_back_what_was_written(value: Any) -> None:
     assert same(back(value, "json"), value)
 
 
-@given(frames() | forecasts())
+@given(frames() | forecasts() | interactions | link_scores())
 def test_arrow_gives_back_every_bit(value: Any) -> None:
     assert same(back(value, "arrow"), value)
 
@@ -70,7 +78,12 @@ def test_decoded_arrays_cannot_be_written_to(value: Any) -> None:
 
 
 @given(
-    st.sampled_from(["reading+json", "score+json", "sensor_frame+arrow", "forecast+arrow", "forecast+json"]),
+    st.sampled_from(
+        [
+            *("reading+json", "score+json", "sensor_frame+arrow", "forecast+arrow", "forecast+json"),
+            *("interaction+json", "interaction+arrow", "link_scores+json", "link_scores+arrow"),
+        ]
+    ),
     st.binary(),
 )
 def test_garbage_is_an_input_error(name: str, body: bytes) -> None:
@@ -92,6 +105,93 @@ def test_a_cut_off_or_flipped_arrow_body_is_an_input_error_or_a_valid_payload(va
     except InputError:
         return
     assert read.values.shape[-1] == len(read.sensors)
+
+
+@given(interactions | link_scores(), st.data())
+def test_a_flipped_arrow_body_of_a_graph_is_an_input_error_or_a_valid_payload(value: Any, data: st.DataObject) -> None:
+    encoded = encode(value, "arrow")
+    body = bytearray(encoded.body)
+    at = data.draw(st.integers(0, len(body) - 1))
+    if data.draw(st.booleans()):
+        del body[at:]
+    else:
+        body[at] ^= data.draw(st.integers(1, 255))
+    try:
+        read = decode(encoded.content_type, bytes(body))
+    except InputError:
+        return
+    assert (
+        interaction_fault(read) is None if isinstance(read, Interaction) else len(read.destinations) == len(read.scores)
+    )
+
+
+@pytest.mark.parametrize("form", ["json", "arrow"])
+@pytest.mark.parametrize("node", [7, "7", 2**63 - 1, -(2**63), 2**53 + 1, 2**24 + 1, "\u00e9\n,"])
+def test_node_ids_keep_their_kind_and_every_bit(form: str, node: int | str) -> None:
+    read = back(Interaction(node, 1), form)
+    assert (type(read.source), read.source) == (type(node), node)
+    scores = back(LinkScores(node, (node, "x", 3), np.zeros(3, np.float32), "batch", "m", ""), form)
+    assert [(type(n), n) for n in (scores.source, *scores.destinations[:1])] == [(type(node), node)] * 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (Interaction(2**63, 1), "source: expected an integer of 64 bits"),
+        (Interaction(1, "x" * 1025), "destination: expected .* text of 1 to 1024 characters"),
+        (Interaction(1, 2, np.array([1, np.inf], np.float32)), "features: expected finite numbers, got inf at 1"),
+        (Interaction(1, 2, np.zeros(70_000, np.float32)), "features: expected at most 65536 numbers, got 70000"),
+        (Interaction(1, 2, np.zeros(2)), r"features: expected float32 \[F\], got float64 \[2\]"),
+        (Interaction(1, 2, None, ""), "event_id: expected a text"),
+        (LinkScores(1, (2, 3), np.zeros(3, np.float32), "batch", "", ""), "scores: expected 2"),
+        (LinkScores(1, (True,), np.zeros(1, np.float32), "batch", "", ""), "destinations: expected"),
+        (LinkScores(1, (), np.zeros(0, np.float32), "new", "", ""), "freshness: expected"),
+    ],
+)
+def test_what_is_no_interaction_is_not_written_as_arrow(bad: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        encode(bad, "arrow")
+
+
+def arrow_body(columns: dict[str, pa.Array], meta: str = "{}") -> bytes:
+    schema = pa.schema([(name, column.type) for name, column in columns.items()], {"stepstream": meta})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "reason"),
+    [
+        ("interaction", {"source": pa.array([1])}, "expected the columns source and destination"),
+        ("interaction", {"source": pa.array([1.5]), "destination": pa.array([1])}, "source: expected int64 or string"),
+        ("interaction", {"source": pa.array([1, 2]), "destination": pa.array([1, 2])}, "expected one row, got 2"),
+        ("interaction", {"source": pa.array([None], pa.int64()), "destination": pa.array([1])}, "source: a null"),
+        ("interaction", {"source": pa.array([1]), "destination": pa.array([1]), "x": pa.array([1])}, "got .*x: int64"),
+        (
+            "interaction",
+            {
+                "source": pa.array([1]),
+                "destination": pa.array([1]),
+                "features": pa.array([[None]], pa.list_(pa.float32())),
+            },
+            "features: null values",
+        ),
+        (
+            "link_scores",
+            {
+                "integer": pa.array([1]),
+                "text": pa.array(["a"]),
+                "score": pa.array([0], pa.float32()),
+            },
+            "destinations: row 0: expected an integer or a text",
+        ),
+    ],
+)
+def test_foreign_arrow_bodies_say_what_is_wrong(kind: str, columns: dict[str, pa.Array], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        decode(f"application/vnd.stepstream.{kind}+arrow; v=1", arrow_body(columns))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +228,25 @@ def test_unknown_content_types_say_what_is_known(content_type: str, reason: str)
         ("forecast", b'{"sensors": ["a"], "horizons_s": [2, 1]}', "ascending"),
         ("forecast", b'{"sensors": ["a"], "horizons_s": [1], "values": [[1, 2]]}', r"values: expected .* \[1, 1\]"),
         ("score", b'{"model": "m", "weights": "", "horizon_s": 1.5}', "horizon_s: expected an integer"),
+        ("interaction", b'{"source": 7}', "destination: missing"),
+        ("interaction", b'{"source": 7.0, "destination": 1}', "source: expected an integer of 64 bits or a text"),
+        ("interaction", b'{"source": true, "destination": 1}', "source: expected .*, got True"),
+        ("interaction", b'{"source": null, "destination": 1}', "source: expected .*, got None"),
+        ("interaction", b'{"source": "", "destination": 1}', "source: expected .*, got ''"),
+        ("interaction", b'{"source": 9223372036854775808, "destination": 1}', "source: .*, got 9223372036854775808"),
+        ("interaction", b'{"source": 1, "destination": [2]}', r"destination: expected .*, got \[2\]"),
+        ("interaction", b'{"source": 1, "destination": 2, "features": 3}', "features: expected a list, got 3"),
+        ("interaction", b'{"source": 1, "destination": 2, "features": [1, null]}', "features: .*finite .* None at 1"),
+        ("interaction", b'{"source": 1, "destination": 2, "features": [1e300]}', "features: .*finite .* 1e\\+300 at 0"),
+        ("interaction", b'{"source": 1, "destination": 2, "features": ["x"]}', "features: expected numbers"),
+        ("interaction", b'{"source": 1, "destination": 2, "event_id": 3}', "event_id: expected a text of 1 to 1024"),
+        ("link_scores", b'{"source": 1, "destinations": [1, 2.5]}', "destinations: expected .*, got 2.5"),
+        ("link_scores", b'{"source": 1, "destinations": [1], "scores": []}', r"scores: .* shape \[1\]"),
+        (
+            "link_scores",
+            b'{"source": 1, "destinations": [1], "scores": [2], "freshness": "old"}',
+            "freshness: expected per_event or batch, got 'old'",
+        ),
     ],
 )
 def test_a_bad_body_names_the_field(kind: str, body: bytes, reason: str) -> None:

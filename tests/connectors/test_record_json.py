@@ -6,11 +6,17 @@ import dataclasses
 import orjson
 import pytest
 from hypothesis import given
-from strategies import json_payloads, origins, records, same, texts
+from strategies import interactions, json_payloads, origins, records, same, texts
 
 from stepstream.connectors.base import DeadLetter, InputError, Undecodable
-from stepstream.connectors.record_json import dead_letter_to_json, reading_to_json, record_from_json, record_to_json
-from stepstream.connectors.records import Origin, Reading, Record
+from stepstream.connectors.record_json import (
+    dead_letter_to_json,
+    interaction_to_json,
+    reading_to_json,
+    record_from_json,
+    record_to_json,
+)
+from stepstream.connectors.records import Interaction, Origin, Reading, Record
 
 ORIGIN = Origin("roads", 0, 7)
 
@@ -41,6 +47,21 @@ def test_the_short_form_takes_integers_for_sensor_and_time_and_a_default_key() -
     assert record_from_json(body, ORIGIN, "la") == Record("la", 5, Reading("773869", 1.0), ORIGIN)
 
 
+@given(records(interactions), origins)
+def test_the_short_form_of_an_interaction(record: Record, origin: Origin) -> None:
+    line = interaction_to_json(record)
+    assert "type" not in orjson.loads(line)
+    assert same(record_from_json(line, origin), Record(record.key, record.time_ns, record.value, origin))
+
+
+def test_an_interaction_of_few_words() -> None:
+    body = b'{"source": 7, "destination": "7", "time": "2004-04-15T14:56:01.000001Z", "event_id": 12}'
+    expected = Record("g", 1_082_040_961_000_001_000, Interaction(7, "7", None, "12"), ORIGIN)
+    assert record_from_json(body, ORIGIN, "g") == expected
+    with pytest.raises(InputError, match="expected an Interaction, got Reading"):
+        interaction_to_json(Record("g", 0, Reading("a", 1.0), ORIGIN))
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -50,6 +71,8 @@ def test_the_short_form_takes_integers_for_sensor_and_time_and_a_default_key() -
         (b'{"key": "k", "sensor": "a", "time": "noon", "value": 2}', "time: expected ISO 8601"),
         (b'{"key": "k", "time": 1, "value": 2}', "sensor: missing"),
         (b'{"key": "k", "type": "banana", "time": 1}', "type: 'banana' is unknown; known: forecast"),
+        (b'{"key": "k", "source": 1.5, "destination": 1, "time": 1}', "source: expected an integer of 64 bits"),
+        (b'{"key": "k", "source": 1, "destination": 1, "time": 1.5}', "time: expected ISO 8601 text or integer nano"),
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"[" * 100_000, "not JSON"),

@@ -41,7 +41,7 @@ def ticks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_users_reader_is_found_by_content(ticks: Path) -> None:
-    with pytest.raises(InputError, match="of no known format; known: traffic-npz"):
+    with pytest.raises(InputError, match="of no known format; known: interactions-npz, .*, traffic-npz"):
         open_recording(ticks)
     register_reader(TickReader)
     recording = open_recording(ticks)
@@ -93,7 +93,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
         open_recording(other)
     with pytest.raises(InputError, match="expected one of the arrays speed_num"):
         open_recording(other, "traffic-npz")
-    with pytest.raises(InputError, match="format: 'netcdf' is unknown; known: traffic-csv"):
+    with pytest.raises(InputError, match="format: 'netcdf' is unknown; known: interactions-csv, .*traffic-csv"):
         open_recording(other, "netcdf")
     with pytest.raises(InputError, match="of no known format"):
         open_recording(tmp_path)

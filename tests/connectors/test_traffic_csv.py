@@ -112,7 +112,6 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, reason: str) -> None:
     "text",
     [
         "t,x,y,p\n1,2,3,1\n",
-        "user_id,item_id,timestamp\n0,0,0.0\n",
         "0.5 3 4 1\n0.6 3 4 0\n",
         "hello\n",
         "a,b\n20200101,2\n",

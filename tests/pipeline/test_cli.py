@@ -92,6 +92,9 @@ def test_help_names_every_verb() -> None:
         (["replay", "speeds.csv", "--to", "toy.yaml"], 1, "error: --to toy.yaml: a file; expected a folder"),
         (["replay", "speeds.csv", "--to", "-", "--json"], 2, "error: --json: the readings themselves go to stdout"),
         (["replay", "speeds.csv", "--to", "x", "--rate", "fast"], 2, "error: --rate fast: expected max or a number"),
+        (["replay", "speeds.csv", "--to", "x", "--sort"], 1, "error: order: is for graph recordings, and speeds.csv is a traffic"),  # noqa: E501
+        (["replay", "speeds.csv", "--to", "x", "--time-unit", "h"], 2, "error: --time-unit h: expected s, ms, us or ns"),  # noqa: E501
+        (["inspect", "speeds.csv", "--time-unit", "ms"], 1, "error: time_unit: Extra inputs are not permitted"),
         (["replay", "none.csv", "--to", "x"], 1, "error: none.csv: No such file or directory"),
         (["demo", "trafic"], 2, "error: demo 'trafic': no such demo; did you mean 'traffic'?"),
         (["train", "stn", "--data", "speeds.csv", "--out", "w"], 2, "error: no model is called 'stn': did you mean 'sttn'"),  # noqa: E501
@@ -344,3 +347,32 @@ def test_models_lists_models_and_baselines() -> None:
     table = CliRunner().invoke(app, ["models"])
     assert table.exit_code == 0
     assert "sttn" in table.stdout
+
+
+def test_an_edge_list_is_inspected_replayed_and_run(here: Path) -> None:
+    (here / "edges.csv").write_text("src,dst,ts,w\n7,8,30,1\n8,8,10,2\n7,8,30,3\n9,7,20,4\n")
+    summary = json.loads(call("inspect", "edges.csv", "--json").stdout)
+    expected = {
+        "modality": "graph", "format": "interactions-csv", "interactions": 4, "sources": 3, "destinations": 2,
+        "t_first": 10, "t_last": 30, "time_ordered": False, "self_loops": 1, "ties": 1, "repeats": 1, "features": 1,
+    }  # fmt: skip
+    assert {name: summary[name] for name in expected} == expected
+    assert json.loads(call("inspect", "edges.csv", "--json", "--time-unit", "ms").stdout)["t_last"] == 0.03
+    for sort, order in [((), [30, 10, 30, 20]), (("--sort",), [10, 20, 30, 30])]:
+        result = call("replay", "edges.csv", "--to", "published", "--json", *sort)
+        assert json.loads(result.stdout)["to"] == "published/interactions.jsonl"
+        lines = [json.loads(line) for line in (here / "published" / "interactions.jsonl").read_text().splitlines()]
+        assert [line["time"] for line in lines] == [f"1970-01-01T00:00:{second}Z" for second in order]
+        assert set(lines[0]) == {"key", "time", "source", "destination", "features"}
+    for name, source in [
+        ("a", "{replay: {path: edges.csv}}"),
+        ("b", "{replay: {path: edges.csv, order: time}}"),
+        ("c", "{jsonl: {path: published/interactions.jsonl}}"),
+    ]:
+        args = ("--set", f"source={source}", "--set", "operators=[{interactions: {lateness: 1min}}]")
+        done = call("run", "toy.yaml", *args, "--set", f"sink.files.path={name}", "--json")
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (here / name / "interactions.jsonl").read_text().splitlines()]
+        assert [(r["source"], r["destination"], r["features"]) for r in rows] == [
+            (8, 8, [2.0]), (9, 7, [4.0]), (7, 8, [1.0]), (7, 8, [3.0]),
+        ]  # fmt: skip

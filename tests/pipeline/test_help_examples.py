@@ -14,7 +14,7 @@ from stepstream.pipeline.cli import app
 
 GROUP = get_command(app)
 assert isinstance(GROUP, TyperGroup)
-FITTED_WHILE_EVALUATING = {"ridge", "persistence", "weekly-average"}
+FITTED_WHILE_EVALUATING = {"ridge", "persistence", "weekly-average", "recency"}
 
 
 def examples() -> list[str]:

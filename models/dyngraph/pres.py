@@ -1,0 +1,104 @@
+"""PRES: memory predicted from the statistics of its changes, and corrected by the memory that was measured.
+
+Su et al., "PRES: Toward Scalable Memory-Based Dynamic Graph Neural Networks", ICLR 2024, arXiv:2402.04284. In a large
+batch a memory sees only the last of its messages; what it would have become is predicted (their section 5.1), and the
+learning objective asks for memories that do not jump from batch to batch (their memory coherence, section 5.2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepstream.models.dyngraph.base import GraphState
+
+__all__ = ["KINDS", "Smoother", "incoherence"]
+
+KINDS = 2
+"""Components of a node's mixture: 0 for interactions with one of its recent neighbours, 1 for those with another."""
+
+
+def incoherence(before: Tensor, after: Tensor) -> Tensor:
+    """The mean of 1 - cos(before, after) over the rows that had a memory: PRES's second loss, a scalar with gradient.
+
+    Only `after` carries a gradient: `before` is what the state holds. Rows without a memory have no direction to keep.
+    """
+    had = (before.square().sum(-1) > 0).to(after.dtype)
+    return ((1 - F.cosine_similarity(before, after, dim=-1)) * had).sum() / had.sum().clamp_min(1)
+
+
+class Smoother(nn.Module):
+    """Prediction and correction of memories, over any memory network.
+
+    With d the mean change of a node's memory per unit of time, a memory s(t1) is predicted at t2 as
+    p = s(t1) + T d (their eq. 7), and corrected by the measured s(t2): (1 - g) p + g s(t2) (eq. 8), where g in (0, 1)
+    is learned. The change that went into the memory then is (corrected - s(t1)) / T (eq. 9); sums, sums of squares
+    and counts of changes a node and component give a Gaussian mixture's means and variances (maximum likelihood, the
+    component of a change being known).
+
+    Where we differ. The paper's two components are positive and negative events; a stream of interactions takes
+    nothing away, so ours are interactions with a recent neighbour and with another node: with the component known,
+    its own mean predicts, else the mixture's. T is 1 + log(1 + seconds): gaps spread over nine decades, and a rate per
+    second learned over one second says nothing of a month. One change of zero is counted in beforehand, and a mean is
+    shrunk by n mean^2 / (n mean^2 + variance): changes that do not agree predict none. A prediction moves a channel
+    by 1 at most. The expectation takes the place of a sample, so that scores are a function of the state.
+    """
+
+    def __init__(self, width: int, gamma: float = 0.9) -> None:
+        super().__init__()
+        self.width = width
+        self.gate = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
+
+    @property
+    def gamma(self) -> Tensor:
+        """The weight of the measured memory against the predicted one, a scalar in (0, 1)."""
+        return torch.sigmoid(self.gate)
+
+    def initial_state(self, nodes: int, device: torch.device) -> GraphState:
+        """Counts float32 [n, kinds] and sums of changes and of their squares float32 [n, kinds, width]."""
+        return {
+            "changes": torch.zeros(nodes, KINDS, device=device),
+            "change_sum": torch.zeros(nodes, KINDS, self.width, device=device),
+            "change_square": torch.zeros(nodes, KINDS, self.width, device=device),
+        }
+
+    def drift(self, state: GraphState, node: Tensor, kind: Tensor | None = None) -> Tensor:
+        """The expected change per unit of time of nodes int64 [n], at a component int64 [n] or of all: [n, width]."""
+        if kind is None:
+            count, total, square = (
+                state[name].index_select(0, node).sum(1) for name in ("changes", "change_sum", "change_square")
+            )
+        else:
+            row = node * KINDS + kind
+            count = state["changes"].view(-1).index_select(0, row)
+            total = state["change_sum"].view(-1, self.width).index_select(0, row)
+            square = state["change_square"].view(-1, self.width).index_select(0, row)
+        n = (count + 1)[:, None]
+        mean = total / n
+        # n m^2 / (n m^2 + v) with v = square / n - m^2.
+        signal = n * mean.square()
+        noise = (square / n - mean.square()).clamp_min(0)
+        return mean * signal / (signal + noise + 1e-12)
+
+    def correct(
+        self, state: GraphState, node: Tensor, before: Tensor, measured: Tensor, gap: Tensor, kind: Tensor | None
+    ) -> Tensor:
+        """Memories after `gap` float32 seconds [n], from those before and those measured, [n, width] each."""
+        scale = (1 + torch.log1p(gap))[:, None]
+        predicted = before + (scale * self.drift(state, node, kind)).clamp(-1, 1)
+        return torch.lerp(predicted, measured, self.gamma)
+
+    @torch.no_grad()
+    def learn(
+        self, state: GraphState, node: Tensor, before: Tensor, after: Tensor, gap: Tensor, kind: Tensor, counts: Tensor
+    ) -> None:
+        """Takes the changes of distinct nodes into their statistics, where `counts` (bool [n]); in place."""
+        weight = counts.to(torch.float32)
+        change = (after - before) * (weight / (1 + torch.log1p(gap)))[:, None]
+        row = node * KINDS + kind
+        state["changes"].view(-1).index_add_(0, row, weight)
+        state["change_sum"].view(-1, self.width).index_add_(0, row, change)
+        state["change_square"].view(-1, self.width).index_add_(0, row, change.square())

@@ -1,0 +1,311 @@
+"""What TGN does for one interaction on the processor, compiled: a torch call costs more than its arithmetic there.
+
+Without gradients, and the same to the rounding of float32 as the torch form in `tgn.py`, `messages.py` and `pres.py`.
+Compiled by numba at the first call, which takes seconds; the result is kept on disk, see `NUMBA_CACHE_DIR`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["pool_rings", "score_few", "take_one"]
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# Sums may be reordered (so that they vectorise), but infinities and zeros keep their meaning.
+_FAST = {"reassoc", "contract", "nsz"}
+
+
+def _compiled(function: Function) -> Function:
+    compiled: Any = numba.njit(nogil=True, fastmath=_FAST)(function)
+    with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled again in the next process
+        compiled.enable_caching()
+    result: Function = compiled
+    return result
+
+
+@_compiled
+def _affine(weight: Floats, x: Floats, out: Floats) -> None:
+    """Adds weight x to `out`."""
+    for j in range(weight.shape[0]):
+        total = np.float32(0)
+        for i in range(weight.shape[1]):
+            total += weight[j, i] * x[i]
+        out[j] += total
+
+
+@_compiled
+def _through(x: Floats, weight: Floats, out: Floats) -> None:
+    """Adds x^T weight to `out`."""
+    for i in range(weight.shape[0]):
+        factor = x[i]
+        for j in range(weight.shape[1]):
+            out[j] += factor * weight[i, j]
+
+
+@_compiled
+def _seconds(later: int, earlier: int) -> Any:
+    return np.float32(max(later - earlier, 0)) * np.float32(1e-9)
+
+
+@_compiled
+def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
+    scale = np.float32(math.log1p(gap))
+    for i in range(len(out)):
+        out[i] = math.cos(phase[i] + scale * frequency[i])
+
+
+@_compiled
+def _gru(x: Floats, h: Floats, cell: tuple[Floats, Floats, Floats, Floats]) -> Floats:
+    """A step of `nn.GRUCell`, gates in its order: reset, update, new."""
+    d = len(h)
+    given, held = cell[2].copy(), cell[3].copy()
+    _affine(cell[0], x, given)
+    _affine(cell[1], h, held)
+    out = np.empty(d, np.float32)
+    one = np.float32(1)
+    for i in range(d):
+        reset = one / (one + math.exp(-(given[i] + held[i])))
+        keep = one / (one + math.exp(-(given[d + i] + held[d + i])))
+        new = math.tanh(given[2 * d + i] + reset * held[2 * d + i])
+        out[i] = new + keep * (h[i] - new)
+    return out
+
+
+@_compiled
+def _learn(counts: Floats, total: Floats, square: Floats, before: Floats, after: Floats, gap: float) -> None:
+    """As `Smoother.learn`, for one node's component."""
+    scale = np.float32(1 / (1 + math.log1p(gap)))
+    counts[0] += 1
+    for i in range(len(total)):
+        change = (after[i] - before[i]) * scale
+        total[i] += change
+        square[i] += change * change
+
+
+@_compiled
+def _correct(
+    count: float, total: Floats, square: Floats, before: Floats, after: Floats, gap: float, gamma: float
+) -> None:
+    """As `Smoother.correct`, for one node's component; `after` in place."""
+    scale, n = np.float32(1 + math.log1p(gap)), np.float32(count + 1)
+    for i in range(len(total)):
+        mean = total[i] / n
+        signal = n * mean * mean
+        noise = max(square[i] / n - mean * mean, np.float32(0))
+        move = scale * mean * signal / (signal + noise + np.float32(1e-12))
+        predicted = before[i] + min(max(move, np.float32(-1)), np.float32(1))
+        after[i] = predicted + np.float32(gamma) * (after[i] - predicted)
+
+
+@_compiled
+def take_one(
+    ends: tuple[int, int, int],
+    given: Floats,
+    integers: tuple[Ints, Ints, Ints, Ints, Ints],
+    source: Floats,
+    features: Floats,
+    memories: tuple[Floats, Floats, Floats],
+    rings: tuple[Ints, Ints, Floats],
+    mixture: tuple[Floats, Floats, Floats],
+    cell: tuple[Floats, Floats, Floats, Floats],
+    time: tuple[Floats, Floats],
+    gamma: float,
+) -> None:
+    """As `MessageModel.update` with one interaction: source, destination, time.
+
+    `integers`: clock, count, other, lag, kind; `memories`: memory, current, far. Without features their arrays have no
+    columns, and without PRES the mixture has no rows.
+    """
+    clock, count, other, lag, kind = integers
+    memory, current, far = memories
+    width, wide, code = memory.shape[1], len(given), len(time[0])
+    slots, smooth = rings[0].shape[1], len(mixture[0]) > 0
+    now = ends[2]
+    nodes, fars = np.empty(2, np.int64), np.empty((2, width), np.float32)
+    olds, direction = np.empty((2, width), np.float32), np.empty(2, np.float32)
+    taken = 0
+    for side in range(1 if ends[0] == ends[1] else 2):
+        node, partner = ends[side], ends[1 - side]
+        if now < clock[node]:
+            continue
+        if count[node] > 0 and other[node] == partner and clock[node] == now and source[node] == 1 - side:
+            same = True
+            for i in range(wide):
+                same = same and features[node, i] == given[i]
+            if same:
+                continue
+        nodes[taken], direction[taken] = node, 1 - side
+        olds[taken], fars[taken] = current[node], current[partner]
+        taken += 1
+    message = np.empty(2 * width + code + 1 + wide, np.float32)
+    for k in range(taken):
+        node = nodes[k]
+        partner = ends[0] + ends[1] - node
+        seen = count[node]
+        if smooth:
+            if seen > 0:
+                c = kind[node]
+                _learn(
+                    mixture[0][node, c : c + 1], mixture[1][node, c], mixture[2][node, c],
+                    memory[node], olds[k], _seconds(lag[node], 0),
+                )  # fmt: skip
+            kind[node] = 1
+            for i in range(min(seen, slots)):
+                if rings[0][node, i] == partner:
+                    kind[node] = 0
+        lag[node] = now - clock[node] if seen > 0 else 0
+        memory[node], far[node] = olds[k], fars[k]
+        clock[node], other[node], source[node] = now, partner, direction[k]
+        place = seen % slots
+        rings[0][node, place], rings[1][node, place] = partner, now
+        count[node] = seen + 1
+        message[:width], message[width : 2 * width] = olds[k], fars[k]
+        gap = _seconds(lag[node], 0)
+        _encode(gap, time[0], time[1], message[2 * width : 2 * width + code])
+        message[2 * width + code] = direction[k]
+        for i in range(wide):
+            features[node, i] = given[i]
+            rings[2][node, place, i] = given[i]
+            message[2 * width + code + 1 + i] = given[i]
+        after = _gru(message, olds[k], cell)
+        if smooth:
+            c = kind[node]
+            _correct(mixture[0][node, c], mixture[1][node, c], mixture[2][node, c], olds[k], after, gap, gamma)
+        current[node] = after
+
+
+@_compiled
+def _pool(
+    node: int,
+    now: int,
+    there: int,
+    current: Floats,
+    rings: tuple[Ints, Ints, Floats],
+    absorbed: Floats,
+    scale: float,
+    time: tuple[Floats, Floats],
+    entries: Floats,
+    pooled: Floats,
+) -> None:
+    """Adds to `pooled` [heads, entry] the entries of a ring, weighed by queries `absorbed` [heads, entry].
+
+    `there`: slots filled, at least 1; `entries`: room for them, [K, entry].
+    """
+    width, code = current.shape[1], len(time[0])
+    scores = np.empty(there, np.float32)
+    for k in range(there):
+        entries[k, :width] = current[rings[0][node, k]]
+        _encode(_seconds(now, rings[1][node, k]), time[0], time[1], entries[k, width : width + code])
+        for i in range(entries.shape[1] - width - code):
+            entries[k, width + code + i] = rings[2][node, k, i]
+    for h in range(len(absorbed)):
+        scores[:] = 0
+        _affine(entries[:there], absorbed[h], scores)
+        scores *= np.float32(scale)
+        top, total = scores.max(), np.float32(0)
+        for k in range(there):
+            scores[k] = math.exp(scores[k] - top)
+            total += scores[k]
+        scores /= total
+        _through(scores, entries, pooled[h])
+
+
+@_compiled
+def pool_rings(
+    node: Ints,
+    time_ns: Ints,
+    count: Ints,
+    current: Floats,
+    rings: tuple[Ints, Ints, Floats],
+    absorbed: Floats,
+    scale: float,
+    time: tuple[Floats, Floats],
+) -> Floats:
+    """As the attention in `TGN.embed`, from queries `absorbed` [n, heads, entry] to pooled entries, the same shape."""
+    pooled = np.zeros(absorbed.shape, np.float32)
+    entries = np.empty((rings[0].shape[1], absorbed.shape[2]), np.float32)
+    for row in range(len(node)):
+        there = min(count[node[row]], rings[0].shape[1])
+        if there > 0:
+            _pool(
+                node[row], time_ns[row], there, current, rings, absorbed[row], scale, time, entries, pooled[row]
+            )  # fmt: skip
+    return pooled
+
+
+@_compiled
+def _embed(
+    node: int,
+    now: int,
+    count: int,
+    current: Floats,
+    rings: tuple[Ints, Ints, Floats],
+    attention: tuple[Floats, Floats, Floats, Floats, Floats],
+    merge: tuple[Floats, Floats, Floats, Floats],
+    time: tuple[Floats, Floats],
+) -> Floats:
+    """As `TGN.embed`, of one node."""
+    project, keys, values, out_weight, out_bias = attention
+    heads, channels, entry = keys.shape
+    width, code = current.shape[1], len(time[0])
+    there = min(count, rings[0].shape[1])
+    means, pooled = np.zeros((heads, entry), np.float32), np.zeros(width, np.float32)
+    if there > 0:
+        query, asked = np.empty(width + code, np.float32), np.zeros(width, np.float32)
+        query[:width] = current[node]
+        _encode(_seconds(0, 0), time[0], time[1], query[width:])
+        _affine(project, query, asked)
+        absorbed, entries = np.zeros((heads, entry), np.float32), np.empty((there, entry), np.float32)
+        for h in range(heads):
+            _through(asked[h * channels : (h + 1) * channels], keys[h], absorbed[h])
+        _pool(node, now, there, current, rings, absorbed, channels**-0.5, time, entries, means)
+        for h in range(heads):
+            _through(means[h], values[h], pooled[h * channels : (h + 1) * channels])
+    both = np.empty(2 * width, np.float32)
+    attended = out_bias.copy()
+    _affine(out_weight, pooled, attended)
+    both[:width], both[width:] = attended, current[node]
+    hidden, embedding = merge[1].copy(), merge[3].copy()
+    _affine(merge[0], both, hidden)
+    _affine(merge[2], np.maximum(hidden, np.float32(0)), embedding)
+    return embedding
+
+
+@_compiled
+def score_few(
+    source: Ints,
+    destination: Ints,
+    time_ns: Ints,
+    count: Ints,
+    current: Floats,
+    rings: tuple[Ints, Ints, Floats],
+    attention: tuple[Floats, Floats, Floats, Floats, Floats],
+    merge: tuple[Floats, Floats, Floats, Floats],
+    time: tuple[Floats, Floats],
+    decoder: tuple[Floats, Floats, Floats, Floats, Floats],
+) -> Floats:
+    """As `TGN.score`: float32 [B, K]."""
+    scores = np.empty(destination.shape, np.float32)
+    for b in range(len(source)):
+        now = time_ns[b]
+        base = decoder[1].copy()
+        _affine(decoder[0], _embed(source[b], now, count[source[b]], current, rings, attention, merge, time), base)
+        for k in range(destination.shape[1]):
+            node = destination[b, k]
+            hidden = base.copy()
+            _affine(decoder[2], _embed(node, now, count[node], current, rings, attention, merge, time), hidden)
+            total = decoder[4][0]
+            for i in range(len(hidden)):
+                total += decoder[3][0, i] * max(hidden[i], np.float32(0))
+            scores[b, k] = total
+    return scores

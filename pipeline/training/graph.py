@@ -1,0 +1,148 @@
+"""`evaluate` of models of dynamic graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from stepstream.connectors.base import InputError
+from stepstream.models.dyngraph.base import GraphModel
+from stepstream.models.dyngraph.edgebank import EdgeBank, EdgeBankWindow, proportion_window, repeat_window
+from stepstream.models.dyngraph.loading import load_graph_model
+from stepstream.models.dyngraph.recency import Recency
+from stepstream.pipeline.training import Progress
+from stepstream.pipeline.training.graph_data import GraphData, GraphSplit, read_graph
+from stepstream.pipeline.training.graph_negatives import SEEDS
+from stepstream.pipeline.training.graph_protocols import BATCH, FRESHNESS, Pairs, pair_metrics, ranking_metrics
+
+__all__ = ["BASELINES", "evaluate", "evaluate_model"]
+
+Report = Callable[[float], None]
+
+BASELINES = ("edgebank", "edgebank-window", "recency")
+WINDOWS = ("proportion", "repeat")
+
+
+def _baseline(name: str, data: GraphData, split: GraphSplit, part: str, window: str) -> GraphModel:
+    """A window is measured on what comes before `part`, without the nodes held out."""
+    if name == "edgebank":
+        return EdgeBank()
+    if name == "recency":
+        return Recency()
+    known = split.part(part)[2]
+    if window == "repeat":
+        return EdgeBankWindow(repeat_window(data.source[known], data.destination[known], data.time_ns[known]))
+    return EdgeBankWindow(proportion_window(data.time_ns[known]))
+
+
+def evaluate_model(
+    model: GraphModel,
+    data: GraphData,
+    split: GraphSplit,
+    pairs: list[Pairs],
+    part: str = "test",
+    device: str = "cpu",
+    on_progress: Report | None = None,
+) -> dict[str, dict[str, float]]:
+    """For each freshness (`batch`, `per_event`): `ap_...`, `auc_...` for each of `pairs`, and `mrr`."""
+    found: dict[str, dict[str, float]] = {}
+    runs = 2 * len(FRESHNESS)
+    for i, freshness in enumerate(FRESHNESS):
+
+        def report(fraction: float, done: int = 2 * i) -> None:
+            if on_progress is not None:
+                on_progress((done + fraction) / runs)
+
+        found[freshness] = pair_metrics(
+            model, data, split, pairs, part=part, freshness=freshness, device=device, on_progress=report
+        ) | ranking_metrics(
+            model,
+            data,
+            split,
+            part=part,
+            freshness=freshness,
+            device=device,
+            on_progress=lambda fraction, done=2 * i + 1: report(fraction, done),  # type: ignore[misc]
+        )
+    return found
+
+
+def evaluate(
+    model: str,
+    data: Path,
+    weights: str | Path | None,
+    device: str,
+    options: dict[str, Any],
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """See `stepstream.pipeline.training.evaluate`.
+
+    `metrics` and `baselines` have the state refreshed every 200 interactions (what is published), `per_event` and
+    `baselines_per_event` at every one (what a live system has). `options`: "split", validation or test; "window" of
+    edgebank-window: "proportion" (the last 15 % of what came before) or "repeat" (the mean time until a pair meets
+    again); "time_unit" of the recording.
+    """
+    part, window = options.pop("split", "test"), options.pop("window", "proportion")
+    reading = {"time_unit": options.pop("time_unit")} if "time_unit" in options else None
+    if options:
+        raise InputError(f"--set {next(iter(options))}: there is no such option; known are split, window, time_unit")
+    if window not in WINDOWS:
+        raise InputError(f"--set window={window}: {' or '.join(WINDOWS)} was expected")
+    loaded = None if model in BASELINES and weights is None else load_graph_model(model, weights)
+    graph = read_graph(data, reading)
+    split = GraphSplit.of(graph)
+    split.part(part)
+    pairs = Pairs.of(graph, split, part)
+    width = 0 if graph.features is None else graph.features.shape[1]
+    if loaded is not None and loaded.features not in (None, width):
+        raise InputError(f"{data}: interactions with {width} features, and {weights} expects {loaded.features}")
+    names = [model, *(name for name in BASELINES if name != model)]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for i, name in enumerate(names):
+
+        def report(fraction: float, done: int = i) -> None:
+            if on_progress is not None:
+                on_progress({"fraction": (done + fraction) / len(names)})
+
+        chosen = _baseline(name, graph, split, part, window) if loaded is None or i > 0 else loaded.model
+        if isinstance(chosen, nn.Module):
+            chosen.to(device)
+        on = device if i == 0 else "cpu"
+        found[name] = evaluate_model(chosen, graph, split, pairs, part, on, on_progress=report)
+    return _result(model, graph, split, part, found)
+
+
+def _result(
+    model: str, data: GraphData, split: GraphSplit, part: str, found: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> dict[str, Any]:
+    everything, new, _, _ = split.part(part)
+    order = "file order is not time order: evaluated in time order, ties in file order" if data.reordered else "yes"
+    return {
+        "model": model,
+        "task": "graph",
+        "split": part,
+        "data": data.name,
+        "interactions": len(data),
+        "nodes": data.nodes,
+        "time_ordered": not data.reordered,
+        "order": order,
+        "evaluated": int(np.count_nonzero(everything)),
+        "evaluated_with_new_nodes": int(np.count_nonzero(new)),
+        "protocol": f"70/15/15 by time quantile; state refreshed every {BATCH} interactions (per_event: at every one); "
+        f"ap and auc with one negative each, means over batches of {BATCH}, a tenth of the nodes held out of training",
+        "negatives": {
+            "random": f"a destination of the recording, for the same source; DyGLib's draws, seed {SEEDS[part]}",
+            "historical": "a pair that met before, but not during this batch",
+            "inductive": f"a pair that met before, but not during this batch nor before the {part} part",
+            "new": f"interactions with a node not in training, negatives among theirs, seed {SEEDS['new_' + part]}",
+            "mrr": f"all {len(data.destinations)} destinations of the recording; ties count half",
+        },
+        "metrics": found[model]["batch"],
+        "per_event": found[model]["per_event"],
+        "baselines": {name: modes["batch"] for name, modes in found.items() if name != model},
+        "baselines_per_event": {name: modes["per_event"] for name, modes in found.items() if name != model},
+    }

@@ -1,0 +1,99 @@
+"""`train` for models of dynamic graphs: a recording in, a folder of weights out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from stepstream.connectors.base import InputError
+from stepstream.models.dyngraph.memory import MemoryConfig
+from stepstream.models.dyngraph.nat import NATConfig
+from stepstream.models.weights import Card, save_weights
+from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training.graph_data import read_graph
+from stepstream.pipeline.training.graph_train import NETWORKS, GraphTrainer, GraphTrainOptions
+
+__all__ = ["train"]
+
+
+def _sizes(model: str) -> set[str]:
+    kind = NATConfig if model == "nat" else MemoryConfig
+    return {field.name for field in dataclasses.fields(kind)} - {"seed"} | ({"backbone"} if model == "pres" else set())
+
+
+def train(
+    model: str,
+    data: Path,
+    out: Path,
+    device: str,
+    seed: int,
+    options: dict[str, Any],
+    resume: bool,
+    on_progress: Progress | None,
+    stop: Event,
+) -> dict[str, Any]:
+    """See `stepstream.pipeline.training.train`. `options`: fields of `GraphTrainOptions` and of the model's sizes."""
+    if model not in NETWORKS:
+        raise InputError(f"{model} has nothing to train: {', '.join(NETWORKS)} were expected")
+    sizes = {name: options.pop(name) for name in sorted(_sizes(model) & options.keys())}
+    chosen = checked(GraphTrainOptions, {"device": device, "seed": seed, **options, "model": sizes})
+    if not resume and out.exists():
+        for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    trainer = GraphTrainer(model, read_graph(data), out, chosen)
+    trainer.run(_reporter(on_progress), stop)
+    return _finish(trainer, data, out)
+
+
+def _reporter(on_progress: Progress | None) -> Callable[[GraphTrainer, float], None] | None:
+    if on_progress is None:
+        return None
+    smooth = {"loss": math.nan}
+
+    def report(trainer: GraphTrainer, loss: float) -> None:
+        smooth["loss"] = loss if math.isnan(smooth["loss"]) else 0.98 * smooth["loss"] + 0.02 * loss
+        shown: dict[str, Any] = {"fraction": trainer.progress, "epoch": trainer.epoch + 1, "loss": smooth["loss"]}
+        if trainer.best > -math.inf:
+            shown["validation"] = trainer.best
+        on_progress(shown)
+
+    return report
+
+
+def _finish(trainer: GraphTrainer, data: Path, out: Path) -> dict[str, Any]:
+    """Writes the weights of the best epoch, scored on the validation part; test is for `evaluate`."""
+    model, graph = trainer.best_model(), trainer.data
+    scores = {name: round(value, 5) for name, value in trainer.validate().items()}
+    told = {
+        name: value
+        for name, value in dataclasses.asdict(trainer.options).items()
+        if name not in ("model", "device") and value != math.inf
+    }
+    training = {
+        "data": graph.name,
+        "interactions": len(graph),
+        "nodes": graph.nodes,
+        "split": "70/15/15 in time order, a tenth of the nodes held out",
+        **told,
+        "best_epoch": trainer.best_epoch,
+        "seconds": round(trainer.seconds),
+    }
+    card = Card(
+        model=trainer.name, task="graph", config=trainer.config, training=training, scores={"validation": scores}
+    )
+    card = save_weights(model, out, card)
+    return {
+        "model": trainer.name,
+        "data": str(data),
+        "out": str(out),
+        "epochs": trainer.epoch,
+        "best_epoch": trainer.best_epoch,
+        "seconds": round(trainer.seconds),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights_sha256": card.weights_sha256,
+        **scores,
+    }
