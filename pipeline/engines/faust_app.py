@@ -82,6 +82,8 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
             _LOG.warning("offsets were not committed", extra={"reason": type(error).__name__})
             return False
         app.committed.update({tp.partition: offset for tp, offset in ours.items()})
+        # Else Faust warns, every few minutes, that nothing was ever committed.
+        self.tp_last_committed_at.update(dict.fromkeys(ours, time.monotonic()))
         return True
 
 
