@@ -64,7 +64,7 @@ def test_incoherence_is_the_angle_and_passes_over_nodes_without_a_memory() -> No
     assert float(loss.detach()) == pytest.approx(0.5)
     loss.backward()
     assert after.grad is not None and after.grad[1].tolist() == [0, 0]
-    assert float(incoherence(before[1:2], after[1:2])) == 0
+    assert float(incoherence(before[1:2], after[1:2]).detach()) == 0
 
 
 def test_statistics_are_of_the_right_component_and_predict_the_drift() -> None:
