@@ -231,7 +231,7 @@ def _pool(
             scores[k] = math.exp(scores[k] - top)
             total += scores[k]
         scores /= total
-        _through(scores, entries, pooled[h])
+        _through(scores, entries[:there], pooled[h])
 
 
 @_compiled

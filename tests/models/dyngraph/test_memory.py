@@ -284,3 +284,15 @@ def test_a_node_out_of_range_is_not_scored() -> None:
     for source, destination in ((5, 0), (0, 5), (-1, 0), (0, -1)):
         with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
             model.score(state, torch.tensor([source]), torch.tensor([[destination]]), time)
+
+
+@pytest.mark.parametrize("events", [0, 3, 12, 40])
+@pytest.mark.parametrize("features", [0, 3])
+def test_compiled_attention_reads_the_filled_slots_of_a_ring_only(events: int, features: int) -> None:
+    model, stream = a_model("tgn", features, neighbours=10), a_stream(40, features=features)
+    state = run(model, model.initial_state(30), part(stream, 0, events), 5)
+    assert bool((state["count"] < 10).any())
+    many = torch.arange(30), torch.arange(300).view(30, 10) % 30, stream.time_ns[-1] + torch.arange(30)
+    with torch.inference_mode():
+        fast = model.score(state, *many)
+    torch.testing.assert_close(fast, model.score(state, *many), rtol=1e-4, atol=1e-4)
