@@ -1,8 +1,9 @@
 """PRES: memory predicted from the statistics of its changes, and corrected by the memory that was measured.
 
 Su et al., "PRES: Toward Scalable Memory-Based Dynamic Graph Neural Networks", ICLR 2024, arXiv:2402.04284. In a large
-batch a memory sees only the last of its messages; what it would have become is predicted (their section 5.1), and the
-learning objective asks for memories that do not jump from batch to batch (their memory coherence, section 5.2).
+batch a memory sees only the last of its messages; what it would have become is predicted and corrected, and the learning
+objective asks for memories that do not jump from batch to batch (their memory coherence). Written from the abstract and
+the public code: the full text was not at hand, so nothing here names its equations by number.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Smoother(nn.Module):
     """Prediction and correction of memories, over any memory network.
 
     With d the mean change of a node's memory per unit of time, a memory s(t1) is predicted at t2 as
-    p = s(t1) + T d (their eq. 7), and corrected by the measured s(t2): (1 - g) p + g s(t2) (eq. 8), where g in (0, 1)
-    is learned. The change that went into the memory then is (corrected - s(t1)) / T (eq. 9); sums, sums of squares
+    p = s(t1) + T d, and corrected by the measured s(t2): (1 - g) p + g s(t2), where g in (0, 1) is learned. The change
+    that went into the memory then is (corrected - s(t1)) / T; sums, sums of squares
     and counts of changes a node and component give a Gaussian mixture's means and variances (maximum likelihood, the
     component of a change being known).
 
