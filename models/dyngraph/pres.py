@@ -1,9 +1,9 @@
 """PRES: memory predicted from the statistics of its changes, and corrected by the memory that was measured.
 
 Su et al., "PRES: Toward Scalable Memory-Based Dynamic Graph Neural Networks", ICLR 2024, arXiv:2402.04284. In a large
-batch a memory sees only the last of its messages; what it would have become is predicted and corrected, and the learning
-objective asks for memories that do not jump from batch to batch (their memory coherence). Written from the abstract and
-the public code: the full text was not at hand, so nothing here names its equations by number.
+batch a memory sees only the last of its messages; what it would have become is predicted and corrected, and the
+learning objective asks for memories that do not jump from batch to batch (their memory coherence). Written from the
+abstract and the public code: the full text was not at hand, so nothing here names its equations by number.
 """
 
 from __future__ import annotations
