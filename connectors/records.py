@@ -74,7 +74,7 @@ class Forecast:
     `horizons_s`: H seconds, ascending. `values`: float32 [H, N] in the network's unit. `lower`, `upper`: float32
     [H, N] bounds of a prediction interval with nominal coverage `coverage`, or None while there is none.
     `age_s`: float32 [N], how long ago each sensor was last observed (0: in this very slot; inf: never, or not
-    within what the model looks back on): the consumer's measure of how much the forecast knows. `blind`: no sensor of
+    within what is looked back on): the consumer's measure of how much the forecast knows. `blind`: no sensor of
     the network was observed within the model's receptive field, so the values are the model's prior and know nothing
     of the present.
     `model`, `weights`: the model's registered name and the sha256 of its weights ("" if it has none).

@@ -27,6 +27,8 @@ SECOND_NS = 1_000_000_000
 DAY_S = 86_400
 # Frames of a key after which sensors that it has not named are worth a word in the log.
 SETTLED = 12
+# Frames of a key for which ages are known and a foreign sensor stays reported, however little the model looks back on.
+REMEMBERED = 48
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ class ForecastOptions(InferOptions):
 class Forecaster(Infer):
     """One forecast for each frame of each network (the record's key), from a model whose task is "traffic".
 
-    With a model whose receptive field is bounded, what it says of a frame is decided by so many frames of the network:
-    a value from before them has no age, and a foreign sensor that was not in them is reported anew.
+    With a model whose receptive field is bounded, what it says of a frame is decided by so many frames of the network,
+    and at least 48: a value from before them has no age, and a foreign sensor that was not in them is reported anew.
 
     Sensors are matched to the model's by name. A sensor that the model does not know is left out, counted as
     `unknown_sensor` at every value, and reported once per key to the dead letters. One that the frame does not name is
@@ -88,7 +90,8 @@ class Forecaster(Infer):
         self.horizons = options.horizons or available
         if self.horizons > available:
             raise ValueError(f"horizons is {self.horizons}: the weights forecast {available}")
-        self.reach = loaded.model.receptive_field
+        field = loaded.model.receptive_field
+        self.reach = None if field is None else max(field, REMEMBERED)
         self._oldest_s = np.float32(np.inf if self.reach is None else (self.reach - 1) * self.card.step_s)
         self._horizons_s = tuple(h * self.card.step_s for h in range(1, self.horizons + 1))
         self._index = {sensor: i for i, sensor in enumerate(self.card.sensors)}

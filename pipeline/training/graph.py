@@ -92,7 +92,9 @@ def evaluate(
         raise InputError(f"--set {next(iter(options))}: there is no such option; known are split, window, time_unit")
     if window not in WINDOWS:
         raise InputError(f"--set window={window}: {' or '.join(WINDOWS)} was expected")
-    loaded = None if model in BASELINES and weights is None else load_graph_model(model, weights)
+    if model in BASELINES and weights is not None:
+        raise InputError(f"{model} has no parameters: it takes no --weights")
+    loaded = None if model in BASELINES else load_graph_model(model, weights)
     graph = read_graph(data, reading)
     split = GraphSplit.of(graph)
     split.part(part)

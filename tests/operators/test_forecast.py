@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -136,8 +137,15 @@ def test_it_says_how_old_its_knowledge_is_and_when_it_knows_nothing(weights: Pat
     outputs: list[Forecast] = [r.value for r in forecaster(weights).process(stream, RecordingContext())]
     assert [o.blind for o in outputs] == [False] * field + [True] * 3 + [False]
     assert outputs[2].age_s.tolist() == [2 * STEP_S, 2 * STEP_S, np.inf]
-    assert outputs[field - 1].age_s.tolist() == [(field - 1) * STEP_S, (field - 1) * STEP_S, np.inf]
-    assert outputs[-1].age_s.tolist() == [np.inf, 0, np.inf]
+    assert outputs[-1].age_s.tolist() == [(field + 3) * STEP_S, 0, np.inf]
+
+
+def test_ages_end_where_nothing_is_looked_back_on(weights: Path) -> None:
+    stream = [frame(0, 0, SENSORS, [50, 50, None], restart=True)]
+    stream += [frame(i, i * STEP_S * SECOND, SENSORS, [None, 40, None]) for i in range(1, 50)]
+    outputs: list[Forecast] = [r.value for r in forecaster(weights).process(stream, RecordingContext())]
+    assert outputs[47].age_s.tolist() == [47 * STEP_S, 0, np.inf]
+    assert outputs[48].age_s.tolist() == [np.inf, 0, np.inf]
 
 
 @settings(max_examples=25, deadline=None)
@@ -146,16 +154,18 @@ def test_what_it_says_is_decided_by_as_many_frames_as_it_reaches(
     weights: Path, cut: int, seed: int, restarts: set[int], seen: float
 ) -> None:
     stream, random = [], np.random.default_rng(seed)
+    with mock.patch("stepstream.operators.forecast.REMEMBERED", 5):
+        made = [forecaster(weights) for _ in range(2)]
     for i in range(70):
         names = [*SENSORS, "stranger", "another"]
         found = [float(v) if random.random() < seen else None for v in random.normal(50, 10, 3)]
         found += [1.0 if random.random() < 0.08 else None for _ in range(2)]
         stream.append(frame(i, i * STEP_S * SECOND, names, found, restart=i == 0 or i in restarts))
     outcomes = []
-    reach = forecaster(weights).reach
+    reach = made[0].reach
     assert reach == 2 * 3 + 3
-    for first in (0, max(0, cut - reach)):
-        operator, context = forecaster(weights), RecordingContext()
+    for operator, first in zip(made, (0, max(0, cut - reach)), strict=True):
+        context = RecordingContext()
         operator.process(stream[first:cut], RecordingContext())
         outputs = operator.process(stream[cut:], context)
         told = [(r.value.age_s.tolist(), r.value.blind, r.origin.offset) for r in outputs]
