@@ -245,8 +245,8 @@ def seek_back(s: Scenario) -> Verdict:
     for turn in range(s.times):
         rig.workers[turn % 2].kill()
         s.until_output(rig, verifier, 150)
-    logs = "".join(worker.log.read_text() for worker in rig.workers)
     verdict = s.finish(rig, publisher, verifier)
+    logs = "".join(worker.log.read_text() for worker in rig.workers)
     again = [int(m[2]) - int(m[1]) for m in re.finditer(r"restored .*from=(\d+) committed=(\d+)", logs)]
     verdict.counts |= {"kills": s.times, "most records read again": max(again)}
     return verdict
