@@ -183,7 +183,9 @@ class NAT(nn.Module, GraphModel):
     def _arrays(self) -> tuple[Any, ...]:
         """The parameters as the kernel takes them, made again when one of them has changed."""
         cells = [p for cell in (self.own, self.along) for p in cell.parameters()]
-        at = tuple([(p.data_ptr(), p._version) for p in (self.log_decay_s, *cells)])  # noqa: SLF001
+        # What was made in inference mode has no version, as nothing writes to it.
+        parameters = (self.log_decay_s, *cells)
+        at = tuple([(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters])  # noqa: SLF001
         if self._prepared is None or self._prepared[0] != at:
             rates = torch.exp(-self.log_decay_s)
             turned = [p.t() if p.dim() == 2 else p for p in cells]

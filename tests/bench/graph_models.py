@@ -64,7 +64,8 @@ def ours(model: GraphModel, events: Columns, nodes: int, batch: int) -> Callable
 
 def pyg(events: Columns, nodes: int, batch: int, *, attention: bool) -> Callable[[], object]:
     """The same with PyG's TGN."""
-    memory = TGNMemory(nodes, 1, WIDTH, TIME_WIDTH, IdentityMessage(1, WIDTH, TIME_WIDTH), LastAggregator()).eval()
+    memory = TGNMemory(nodes, 1, WIDTH, TIME_WIDTH, IdentityMessage(1, WIDTH, TIME_WIDTH), LastAggregator())
+    memory.eval()  # which returns None
     convolution = TransformerConv(WIDTH, WIDTH // 2, heads=2, edge_dim=TIME_WIDTH + 1).eval()
     first, second, last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 1)
     loader, row = LastNeighborLoader(nodes, size=NEIGHBOURS), torch.empty(nodes, dtype=torch.long)

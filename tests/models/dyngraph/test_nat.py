@@ -196,6 +196,13 @@ def test_changed_weights_are_seen_by_the_compiled_form() -> None:
     assert_close(taken(nat, events), taken(nat, events, gradients=True))
 
 
+def test_it_may_be_made_and_run_in_inference_mode() -> None:
+    events = stream(50)
+    with torch.inference_mode():
+        made = taken(model(), events)
+    assert_same(made, taken(model(), events))
+
+
 def test_gradients_reach_every_parameter() -> None:
     nat, events = model(), stream(200)
     state = taken(nat, tuple(column[:150] for column in events))  # type: ignore[arg-type]
