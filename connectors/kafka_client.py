@@ -141,6 +141,11 @@ class _Heard(logging.Handler):
         if failed and not reason.startswith("KafkaTimeoutError"):
             self.reasons.append(re.sub(r" \(backoff .*", "", reason))
 
+    @property
+    def closed(self) -> bool:
+        """Whether a broker closed a connection without a word: it does so to who speaks another protocol."""
+        return any("disconnected" in reason or "reset by peer" in reason for reason in self.reasons)
+
     def best(self) -> str:
         """The most telling one: a refusal is heard less often than a connection that it closed."""
         telling = [reason for reason in self.reasons if re.search("auth|ssl|sasl|certificate", reason, re.IGNORECASE)]
@@ -164,9 +169,9 @@ def reaching(connection: Connection) -> Iterator[None]:
         hint = ""
         if "UnsupportedSaslMechanism" in why:
             hint = f"; the broker does not offer {connection.security.mechanism}"
-        elif connection.security.protocol == "PLAINTEXT" and "disconnected" in why:
+        elif connection.security.protocol == "PLAINTEXT" and heard.closed:
             hint = "; does it want TLS or SASL (`security`)?"
-        elif connection.security.protocol != "PLAINTEXT" and "disconnected" in why:
+        elif connection.security.protocol != "PLAINTEXT" and heard.closed:
             hint = "; are the credentials and the certificates right?"
         told = f"{_line(error)} ({why}{hint})" if why else _line(error)
         raise KafkaUnavailable(f"Kafka at {connection.servers} cannot be used: {told}") from error

@@ -42,7 +42,7 @@ def test_ways_to_be_let_in(broker: Cluster, new_topic: NewTopic, way: str) -> No
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that give up after a moment, not thirty seconds."""
     for client in (kafka.KafkaAdminClient, kafka.KafkaConsumer, kafka.KafkaProducer):
-        monkeypatch.setitem(client.DEFAULT_CONFIG, "bootstrap_timeout_ms", 1500)
+        monkeypatch.setitem(client.DEFAULT_CONFIG, "bootstrap_timeout_ms", 3000)
 
 
 SECRET = "rabbit-hole-9"
