@@ -279,6 +279,7 @@ def test_kills_lose_nothing_and_repeats_are_dropped_by_their_id(rig: Callable[..
         at += steps
         # In mid-stream: some of what was published just now is out, and what is not committed yet comes again.
         made.wait(lambda: sum(made.ids().values()) > published + NETWORKS * 10)  # noqa: B023
+        made.wait(lambda: len(list(made.messages("manifests"))) > 0)  # a snapshot to restore from, in the end
         worker.kill()
         published = sum(made.ids().values())
         if at == steps:
