@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepstream.models.dyngraph import event_kernels
 from stepstream.models.dyngraph.base import GraphState
 
 __all__ = ["Ends", "Interactions", "arrange", "clock_state", "read_ring", "remember", "ring_state", "seconds"]
@@ -149,6 +151,8 @@ def arrange(state: GraphState, batch: Interactions) -> Ends | None:
     size, device = batch.source.shape[0], batch.source.device
     if size == 0:
         return None
+    if _compiles(state, batch.source):
+        return _arranged(state, batch, features)
     node = torch.stack((batch.source, batch.destination), 1).view(-1)
     other = torch.stack((batch.destination, batch.source), 1).view(-1)
     source = torch.ones(2 * size, device=device)
@@ -174,8 +178,55 @@ def arrange(state: GraphState, batch: Interactions) -> Ends | None:
     return Ends(kept.node, kept.other, kept.time_ns, kept.source, kept.features, rank, newest)
 
 
+def _compiles(state: GraphState, given: Tensor) -> bool:
+    return state["clock"].is_cpu and given.is_cpu
+
+
+def _held(state: GraphState) -> tuple[Any, ...]:
+    nothing = state["source"].new_empty(0, 0)
+    return (
+        *(state[name].numpy() for name in ("clock", "count", "other", "source")),
+        state.get("features", nothing).numpy(),
+    )
+
+
+def _arranged(state: GraphState, batch: Interactions, features: Tensor | None) -> Ends | None:
+    """`arrange`, compiled. Raises IndexError for a node that the state has no row for: it would read elsewhere."""
+    ids = torch.stack((batch.source, batch.destination))
+    low, high = (int(end) for end in torch.aminmax(ids))
+    room = state["clock"].shape[0]
+    if low < 0 or high >= room:
+        raise IndexError(f"node {low if low < 0 else high} is out of range: 0 to {room - 1} were expected")
+    source, destination = ids.numpy()
+    wide = state["source"].new_empty(len(source), 0) if features is None else features.detach()
+    found = event_kernels.arrange(
+        source, destination, batch.time_ns.contiguous().numpy(), wide.contiguous().numpy(), _held(state)
+    )
+    node, other, time_ns, direction, row, rank, newest = map(torch.from_numpy, found)
+    if not len(node):
+        return None
+    return Ends(
+        node,
+        other,
+        time_ns,
+        direction,
+        None if features is None else features.index_select(0, row),
+        rank,
+        None if len(newest) == len(node) else newest,
+    )
+
+
 def remember(state: GraphState, ends: Ends) -> None:
     """Moves clocks, counts and rings on, in place."""
+    if _compiles(state, ends.node):
+        nothing, none = state["clock"].new_empty(0, 0), state["source"].new_empty(0, 0, 0)
+        wide = state["source"].new_empty(len(ends.node), 0) if ends.features is None else ends.features
+        rings = state.get("ring_ids", nothing), state.get("ring_times", nothing), state.get("ring_features", none)
+        columns = (ends.node, ends.other, ends.time_ns, ends.source, wide)
+        node, other, time_ns, source, features = (column.contiguous().numpy() for column in columns)
+        places = tuple(ring.numpy() for ring in rings)
+        event_kernels.remember(node, other, time_ns, source, features, _held(state), places)
+        return
     node, count = ends.last(ends.node), state["count"]
     sizes = ends.last(ends.rank) + 1
     if "ring_ids" in state:

@@ -16,7 +16,7 @@ from stepstream.models.dyngraph.base import GraphModel, GraphState
 from stepstream.models.dyngraph.events import Ends, Interactions, arrange, clock_state, ring_state
 from stepstream.models.dyngraph.pres import Smoother, incoherence
 
-__all__ = ["MemoryConfig", "MemoryModel", "Reading", "training_step"]
+__all__ = ["CHUNK", "MemoryConfig", "MemoryModel", "Reading", "training_step"]
 
 CHUNK = 1 << 15
 """Embeddings made at once in serving: ranking a thousand candidates for hundreds of sources must fit in memory."""

@@ -12,14 +12,18 @@ from torch.nn import functional
 
 from stepstream.models.dyngraph import nat_kernels
 from stepstream.models.dyngraph.base import GraphModel, GraphState
-from stepstream.models.dyngraph.nat_caches import EMPTY, join, slots, waves, winners
+from stepstream.models.dyngraph.nat_caches import EMPTY, find, join, slots, waves, winners
+from stepstream.models.dyngraph.nat_score import score_pairs
 
 __all__ = ["NAT", "NATConfig", "link_loss"]
 
 _NS = 1e9
 _DAY_S = 86_400.0
 _LONG = math.log(30 * _DAY_S)
-_ORDER = ("id", "own", "own_ns", "events", *(f"{name}{hop}" for hop in (1, 2) for name in ("id", "ns", "met", "edge")))
+_MANY = math.log(1000)
+_ORDER = (
+    "id", "own", "own_ns", "events", "id1", "ns1", "met1", "edge1", "id2", "ns2", "met2", "edge2", "at1"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,16 @@ class NAT(nn.Module, GraphModel):
     node in one of them, what both sides know of it (the joint structural features of section 4.2, where "in no cache"
     is knowledge too), then attention over these nodes. `update` takes interactions in time order, each seeing all
     before it: events without a common node go together, which is the same as one by one, to the rounding of batched
-    float32 arithmetic (1e-5, tested). Beside the paper's representations an entry keeps its time and how often it was
-    met, and both enter the joint features: differences of int64 nanoseconds, so that they are exact.
+    float32 arithmetic (1e-5, tested). Beside the paper's representations an entry keeps its time, how often it was met
+    and, of a neighbour, which of its owner's interactions was the last with it, so that "its latest neighbour" is exact
+    knowledge. They enter the joint features: times as differences of int64 nanoseconds. What the two ends know of each
+    other also goes straight to the score, beside how many interactions each of them had.
 
     State: `bytes_per_node` for every node; everything is in it.
     """
+
+    _since: Tensor
+    _ages_ns: Tensor
 
     def __init__(self, config: NATConfig) -> None:
         super().__init__()
@@ -59,12 +68,22 @@ class NAT(nn.Module, GraphModel):
         self.log_decay_s = nn.Parameter(torch.linspace(math.log(60), _LONG, c.decays))
         self.own = nn.GRUCell(c.node + times + 1 + c.features, c.node)
         self.along = nn.GRUCell(c.node + times + c.features, c.edge)
-        side = 1 + 2 * (1 + c.edge + times + 1)
+        entry = 1 + c.edge + times + 1
+        side = 1 + 2 * entry + 1
         self.joint = nn.Sequential(nn.Linear(2 * side, c.hidden), nn.ReLU(), nn.Linear(c.hidden, c.hidden), nn.ReLU())
         self.attention = nn.Linear(c.hidden, 1)
-        pair = 2 * c.hidden + 2 * (c.node + times)
-        self._prepared: tuple[Any, tuple[Any, ...]] | None = None
+        pair = 2 * c.hidden + 2 * (c.node + times + 1) + 2 * (entry + 1)
+        self._prepared: tuple[Any, tuple[Any, ...], tuple[Any, ...]] | None = None
         self.out = nn.Sequential(nn.Linear(pair, c.hidden), nn.ReLU(), nn.Linear(c.hidden, 1))
+        # Sharp knowledge, as a ranking wants it: one row for each class of when two nodes met last, for either end.
+        self.since = nn.Embedding(2 * (len(nat_kernels.SINCE) + 1), c.hidden)
+        self.ages = nn.Embedding(2 * (len(nat_kernels.AGES_NS) + 1), c.hidden)
+        for classes in (self.since, self.ages):
+            nn.init.zeros_(classes.weight)
+        # All that has parameters of its own, to look at them without a walk through the tree of modules.
+        self._parts = [part for part in self.modules() if part is not self and part._parameters]  # noqa: SLF001
+        self.register_buffer("_since", torch.from_numpy(nat_kernels.SINCE), persistent=False)
+        self.register_buffer("_ages_ns", torch.from_numpy(nat_kernels.AGES_NS), persistent=False)
 
     @classmethod
     def from_card(cls, card: dict[str, Any]) -> NAT:
@@ -92,6 +111,7 @@ class NAT(nn.Module, GraphModel):
             "ns1": integers(c.first),
             "met1": torch.zeros(nodes, c.first),
             "edge1": torch.zeros(nodes, c.first, c.edge),
+            "at1": integers(c.first),
             "id2": integers(c.second, value=EMPTY),
             "ns2": integers(c.second),
             "met2": torch.zeros(nodes, c.second),
@@ -122,6 +142,10 @@ class NAT(nn.Module, GraphModel):
 
     def score(self, state: GraphState, source: Tensor, destination: Tensor, time_ns: Tensor) -> Tensor:
         """See `GraphModel`; logits."""
+        if self._compiles(source):
+            asked = source.contiguous().numpy(), destination.contiguous().numpy(), time_ns.contiguous().numpy()
+            weights = self._arrays()[1]
+            return torch.from_numpy(score_pairs(_held(state), weights, *asked, _LONG, _MANY, self.config.seed))
         candidates = destination.shape[1]
         source, time_ns = source.repeat_interleave(candidates), time_ns.repeat_interleave(candidates)
         target = destination.reshape(-1)
@@ -136,17 +160,35 @@ class NAT(nn.Module, GraphModel):
         nothing = hidden.new_zeros(len(source), hidden.shape[1])
         pooled = [nothing.index_add(0, pair, weight[:, None] * hidden), nothing.index_add(0, pair, hidden) / 8]
         ends = [*self._node(state, source, time_ns), *self._node(state, target, time_ns)]
-        scores: Tensor = self.out(torch.cat([*pooled, *ends], -1))
-        return scores.reshape(-1, candidates)
+        met = [self._met(state, *pair, time_ns, end) for end, pair in enumerate([(source, target), (target, source)])]
+        first, *rest = self.out
+        before = first(torch.cat([*pooled, *ends, *met[0][0], *met[1][0]], -1)) + met[0][1] + met[1][1]
+        for layer in rest:
+            before = layer(before)
+        return before.reshape(-1, candidates)
 
-    def _node(self, state: GraphState, node: Tensor, time_ns: Tensor) -> tuple[Tensor, Tensor]:
-        seen = (state["events"][node] > 0).float()[:, None]
-        return state["own"][node], self._times(time_ns - state["own_ns"][node]) * seen
+    def _node(self, state: GraphState, node: Tensor, time_ns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        events = state["events"][node]
+        seen = (events > 0).float()[:, None]
+        busy = torch.log1p(events.float())[:, None] / _MANY
+        return state["own"][node], self._times(time_ns - state["own_ns"][node]) * seen, busy
+
+    def _met(
+        self, state: GraphState, node: Tensor, other: Tensor, time_ns: Tensor, end: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """What nodes know of others as neighbours: their entries, and what the classes say of when they last met."""
+        place = find(state["id1"], node, state["id"][other][:, None], self.config.seed)[:, 0]
+        at = (node, place.clamp(min=0))
+        since = torch.bucketize(state["events"][node] - state["at1"][at], self._since, right=True)
+        age = torch.bucketize(time_ns - state["ns1"][at], self._ages_ns, right=True)
+        classes = self.since(since + end * (len(self._since) + 1)) + self.ages(age + end * (len(self._ages_ns) + 1))
+        return self._entry(state, 1, node, place, time_ns), classes * (place[:, None] >= 0)
 
     def _join(self, state: GraphState, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         tables = (state["id"], state["id1"], state["id2"])
         if source.device.type != "cpu":
             return join(*tables, source, target, self.config.seed)
+        # The compiled form of the same: there is no gradient in it.
         ids, first, second = (table.numpy() for table in tables)
         pair, places = nat_kernels.join(ids, first, second, source.numpy(), target.numpy(), self.config.seed)
         return torch.from_numpy(pair), torch.from_numpy(places)
@@ -155,13 +197,19 @@ class NAT(nn.Module, GraphModel):
         """What nodes [M] know of others, whose `places` [M, 3] tell where: whether they are they; of neighbours and
         theirs, all that is kept.
         """
-        parts = [places[:, :1].float()]
-        for hop in (1, 2):
-            found = (places[:, hop, None] >= 0).float()
-            at = (node, places[:, hop].clamp(min=0))
-            times = self._times(time_ns - state[f"ns{hop}"][at])
-            met = torch.log1p(state[f"met{hop}"][at])[:, None]
-            parts += [found, state[f"edge{hop}"][at] * found, times * found, met * found]
+        first, second = (self._entry(state, hop, node, places[:, hop], time_ns) for hop in (1, 2))
+        return [places[:, :1].float(), *first, *second]
+
+    def _entry(self, state: GraphState, hop: int, node: Tensor, place: Tensor, time_ns: Tensor) -> list[Tensor]:
+        """What is in a slot of the caches of nodes; zeros where the slot is EMPTY."""
+        found = (place[:, None] >= 0).float()
+        at = (node, place.clamp(min=0))
+        times = self._times(time_ns - state[f"ns{hop}"][at])
+        met = torch.log1p(state[f"met{hop}"][at])[:, None]
+        parts = [found, state[f"edge{hop}"][at] * found, times * found, met * found]
+        if hop == 1:
+            since = state["events"][node] - state["at1"][at]
+            parts.append(found / (1 + since[:, None].float()))
         return parts
 
     # ---- updates
@@ -172,25 +220,31 @@ class NAT(nn.Module, GraphModel):
         """See `GraphModel`. With gradients on, what is written carries them: `score` learns through one update."""
         if features is None:
             features = torch.zeros(len(source), self.config.features, device=source.device)
-        if not torch.is_grad_enabled() and source.device.type == "cpu":
+        if self._compiles(source):
             given = [column.contiguous().numpy() for column in (source, destination, time_ns, features)]
-            held = tuple(state[name].numpy() for name in _ORDER)
-            nat_kernels.take_in(held, self._arrays(), given[0], given[1], given[2], given[3], _LONG, self.config.seed)
+            weights = self._arrays()[0]
+            nat_kernels.take_in(_held(state), weights, given[0], given[1], given[2], given[3], _LONG, self.config.seed)
             return
         for wave in waves(source, destination):
             self._wave(state, source[wave], destination[wave], time_ns[wave], features[wave])
 
-    def _arrays(self) -> tuple[Any, ...]:
-        """The parameters as the kernel takes them, made again when one of them has changed."""
-        cells = [p for cell in (self.own, self.along) for p in cell.parameters()]
+    def _compiles(self, given: Tensor) -> bool:
+        """Whether compiled code may do it: nobody wants gradients, and weights and data are where it can reach them."""
+        weight = self.log_decay_s
+        return not torch.is_grad_enabled() and given.is_cpu and weight.is_cpu and weight.dtype == torch.float32
+
+    def _arrays(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The parameters as the kernels of `update` and `score` take them, made again when one of them has changed."""
         # What was made in inference mode has no version, as nothing writes to it.
-        parameters = (self.log_decay_s, *cells)
-        at = tuple([(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters])  # noqa: SLF001
+        held = [p for part in self._parts for p in part._parameters.values() if p is not None]  # noqa: SLF001
+        at = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in (self.log_decay_s, *held)]  # noqa: SLF001
         if self._prepared is None or self._prepared[0] != at:
-            rates = torch.exp(-self.log_decay_s)
-            turned = [p.t() if p.dim() == 2 else p for p in cells]
-            self._prepared = at, tuple(p.detach().contiguous().numpy().copy() for p in (rates, *turned))
-        return self._prepared[1]
+            cells = [p for cell in (self.own, self.along) for p in cell.parameters()]
+            layers = [p for part in (self.joint, self.attention, self.out) for p in part.parameters()]
+            rates = _flat(torch.exp(-self.log_decay_s))
+            classes = [part.weight.detach().numpy().copy() for part in (self.since, self.ages)]
+            self._prepared = at, (rates, *map(_flat, cells)), (rates, *map(_flat, layers), *classes)
+        return self._prepared[1:]
 
     def _wave(self, state: GraphState, source: Tensor, destination: Tensor, time_ns: Tensor, features: Tensor) -> None:
         """Events of which none shares a node with another. Both ends learn of each other as they were before."""
@@ -211,6 +265,7 @@ class NAT(nn.Module, GraphModel):
         state["id1"][node, place] = state["id"][other]
         state["ns1"][node, place] = at_ns
         state["met1"][node, place] = met
+        state["at1"][node, place] = state["events"][node]
         state["edge1"][node, place] = edge
         for name, values in second.items():
             state[name][node] = values
@@ -250,6 +305,16 @@ class NAT(nn.Module, GraphModel):
         return result
 
 
+def _held(state: GraphState) -> tuple[Any, ...]:
+    return tuple([state[name].numpy() for name in _ORDER])
+
+
+def _flat(parameter: Tensor) -> Any:
+    """As the kernels take it: matrices transposed, so that the inner loop runs along memory; one row as a vector."""
+    turned = parameter.detach().t() if parameter.dim() == 2 else parameter.detach()
+    return (turned[:, 0] if turned.dim() == 2 and turned.shape[1] == 1 else turned).contiguous().numpy().copy()
+
+
 def _softmax(logits: Tensor, group: Tensor, groups: int) -> Tensor:
     """Over the entries of each group; float32 [M]."""
     most = logits.new_full((groups,), -math.inf).scatter_reduce(0, group, logits.detach(), "amax")
@@ -257,8 +322,20 @@ def _softmax(logits: Tensor, group: Tensor, groups: int) -> Tensor:
     return weight / weight.new_zeros(groups).index_add(0, group, weight)[group]
 
 
-def link_loss(scores: Tensor) -> Tensor:
-    """Binary cross-entropy of [B, 1 + negatives] logits whose first column is true."""
-    truth = torch.zeros_like(scores)
-    truth[:, 0] = 1
-    return functional.binary_cross_entropy_with_logits(scores, truth)
+def link_loss(scores: Tensor, expected: Tensor | None = None) -> Tensor:
+    """Of [B, 1 + negatives] logits whose first column is true.
+
+    Binary cross-entropy; or, with how often a draw has each negative in expectation [B, negatives], the cross-entropy
+    of the true one among all destinations, estimated from those drawn: what is drawn rarely counts for many (the
+    sampled softmax of Jean et al., "On Using Very Large Target Vocabulary for Neural Machine Translation", ACL 2015,
+    arXiv:1412.2007, section 3.1). A draw with expectation 0 is left out. The logarithm of the sum over all is held near
+    0 (with a weight of 0.05), so that scores are near log-probabilities and those of two sources compare.
+    """
+    if expected is None:
+        truth = torch.zeros_like(scores)
+        truth[:, 0] = 1
+        return functional.binary_cross_entropy_with_logits(scores, truth)
+    out = expected == 0
+    stands_for = torch.where(out, 1.0, expected).log()
+    whole = torch.logsumexp(torch.cat([scores[:, :1], (scores[:, 1:] - stands_for).masked_fill(out, -1e9)], 1), 1)
+    return (whole - scores[:, 0]).mean() + 0.05 * whole.square().mean()

@@ -13,12 +13,17 @@ import numpy.typing as npt
 
 from stepstream.models.dyngraph.compiled import inlined, kernel
 
-__all__ = ["join", "take_in"]
+__all__ = ["AGES_NS", "SINCE", "find", "join", "take_in", "times"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 _EMPTY = -1
+
+SINCE = np.array([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256], np.int64)
+"""Where classes begin of how many interactions a node had since it met another; class 0: it is the last it met."""
+AGES_NS = 10**9 * 2 ** np.arange(24, dtype=np.int64)
+"""Where classes begin of how long ago two nodes met: a second to 97 days."""
 
 
 @inlined
@@ -32,7 +37,8 @@ def _slot(node: int, size: int, seed: int) -> Any:
 
 
 @inlined
-def _find(table: Ints, owner: int, node: int, seed: int) -> Any:
+def find(table: Ints, owner: int, node: int, seed: int) -> Any:
+    """The slot of a node in its owner's table; EMPTY (-1) if it is not there."""
     place = _slot(node, table.shape[1], seed)
     return place if table[owner, place] == node else _EMPTY
 
@@ -63,11 +69,11 @@ def join(ids: Ints, first: Ints, second: Ints, source: Ints, target: Ints, seed:
                     continue
                 known = places[count]
                 known[0] = 1 if node == ids[source[p]] else 0
-                known[1] = _find(first, source[p], node, seed)
-                known[2] = _find(second, source[p], node, seed)
+                known[1] = find(first, source[p], node, seed)
+                known[2] = find(second, source[p], node, seed)
                 known[3] = 1 if node == ids[target[p]] else 0
-                known[4] = _find(first, target[p], node, seed)
-                known[5] = _find(second, target[p], node, seed)
+                known[4] = find(first, target[p], node, seed)
+                known[5] = find(second, target[p], node, seed)
                 if side == 0:
                     if entry > 0 and known[0] == 1:
                         continue
@@ -118,7 +124,8 @@ def _gru(x: Floats, h: Floats, out: Floats, wi: Floats, wh: Floats, bi: Floats, 
 
 
 @inlined
-def _times(elapsed_ns: int, rates: Floats, scale: float, out: Floats) -> None:
+def times(elapsed_ns: int, rates: Floats, scale: float, out: Floats) -> None:
+    """As `NAT._times`: how long ago, into the first 1 + decays of `out`."""
     seconds = np.float32(max(elapsed_ns, 0) / 1e9)
     out[0] = np.float32(math.log1p(seconds)) / np.float32(scale)
     for j in range(rates.shape[0]):
@@ -131,12 +138,12 @@ def take_in(
 ) -> None:
     """Interactions, one after the other.
 
-    `state`: (id, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2). `weights`: (rates, wi, wh, bi, bh
-    of the node's own cell, then of the cell along edges), transposed.
+    `state`: (id, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2, at1). `weights`: (rates, wi,
+    wh, bi, bh of the node's own cell, then of the cell along edges), transposed.
     """
-    ids, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2 = state
+    ids, own, own_ns, events, id1, ns1, met1, edge1, id2, ns2, met2, edge2, at1 = state
     rates, wi0, wh0, bi0, bh0, wi1, wh1, bi1, bh1 = weights
-    node_size, edge_size, times = own.shape[1], edge1.shape[2], 1 + rates.shape[0]
+    node_size, edge_size, wide = own.shape[1], edge1.shape[2], 1 + rates.shape[0]
     work = np.empty((2, 3 * max(node_size, edge_size)), np.float32)
     x0 = np.zeros((2, wi0.shape[0]), np.float32)
     x1 = np.zeros((2, wi1.shape[0]), np.float32)
@@ -155,20 +162,20 @@ def take_in(
             node, other = ends[side], ends[1 - side]
             x0[side, :node_size] = own[other]
             if events[node] > 0:
-                _times(time_ns[i] - own_ns[node], rates, scale, x0[side, node_size:])
+                times(time_ns[i] - own_ns[node], rates, scale, x0[side, node_size:])
             else:
-                x0[side, node_size : node_size + times] = 0
-            x0[side, node_size + times] = side
-            x0[side, node_size + times + 1 :] = features[i]
+                x0[side, node_size : node_size + wide] = 0
+            x0[side, node_size + wide] = side
+            x0[side, node_size + wide + 1 :] = features[i]
             _gru(x0[side], own[node], new_own[side], wi0, wh0, bi0, bh0, work)
             place[side] = _slot(ids[other], id1.shape[1], seed)
             known[side] = id1[node, place[side]] == ids[other]
             x1[side, :node_size] = own[other]
             if known[side]:
-                _times(time_ns[i] - ns1[node, place[side]], rates, scale, x1[side, node_size:])
+                times(time_ns[i] - ns1[node, place[side]], rates, scale, x1[side, node_size:])
             else:
-                x1[side, node_size : node_size + times] = 0
-            x1[side, node_size + times :] = features[i]
+                x1[side, node_size : node_size + wide] = 0
+            x1[side, node_size + wide :] = features[i]
             before = edge1[node, place[side]] if known[side] else nothing
             _gru(x1[side], before, new_edge[side], wi1, wh1, bi1, bh1, work)
             best[side] = _EMPTY
@@ -193,6 +200,7 @@ def take_in(
             met1[node, place[side]] = met1[node, place[side]] + 1 if known[side] else 1
             id1[node, place[side]], ns1[node, place[side]] = ids[other], time_ns[i]
             edge1[node, place[side]] = new_edge[side]
+            at1[node, place[side]] = events[node]
             for at in range(id2.shape[1]):
                 if best[side, at] != _EMPTY:
                     id2[node, at], ns2[node, at] = got_id[side, at], got_ns[side, at]

@@ -24,8 +24,10 @@ class NATLearner:
         self._waiting: Batch | None = None
         self._held: tuple[Tensor, GraphState] | None = None
 
-    def loss(self, state: GraphState, batch: Batch, negatives: Tensor) -> Tensor:
-        """Of a batch (source, destination, time_ns, features) against destinations int64 [B, K] that are not true."""
+    def loss(self, state: GraphState, batch: Batch, negatives: Tensor, expected: Tensor | None = None) -> Tensor:
+        """Of a batch (source, destination, time_ns, features) against destinations int64 [B, K] that are not true;
+        `expected` [B, K]: see `link_loss`.
+        """
         source, destination, time_ns, _ = batch
         candidates = torch.cat([destination[:, None], negatives], 1)
         touched = [source, candidates.reshape(-1), *(self._waiting[:2] if self._waiting is not None else ())]
@@ -36,7 +38,7 @@ class NATLearner:
             with torch.enable_grad():
                 self._model.update(held, _row(rows, before), _row(rows, after), at_ns, features)
         self._held = rows, held
-        return link_loss(self._model.score(held, _row(rows, source), _row(rows, candidates), time_ns))
+        return link_loss(self._model.score(held, _row(rows, source), _row(rows, candidates), time_ns), expected)
 
     def take(self, state: GraphState, batch: Batch) -> None:
         """The batch is learned from: what waited is in the state, and the batch waits."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from stepstream.models.dyngraph.attention import OneQueryAttention
 from stepstream.models.dyngraph.base import GraphState
 from stepstream.models.dyngraph.events import read_ring, seconds
-from stepstream.models.dyngraph.memory import MemoryConfig, Reading
+from stepstream.models.dyngraph.memory import CHUNK, MemoryConfig, Reading
 from stepstream.models.dyngraph.messages import MessageModel
+from stepstream.models.dyngraph.tgn_folded import Folded, fold
 from stepstream.models.dyngraph.tgn_kernels import pool_rings, score_few, take_one
 
 __all__ = ["TGN"]
@@ -45,6 +46,8 @@ class TGN(MessageModel):
         self.attention = OneQueryAttention(d + t, d + t + f, d, config.heads)
         self.merge = nn.Linear(2 * d, d)
         self.merge_out = nn.Linear(d, d)
+        self._views: tuple[Any, Any] | None = None
+        self._folded: tuple[Any, Folded] | None = None
 
     def _updated(self, memory: Tensor, far: Tensor, lag: Tensor, source: Tensor, features: Tensor | None) -> Tensor:
         parts = [memory, far, self.time(lag), source[:, None]]
@@ -57,23 +60,26 @@ class TGN(MessageModel):
                 ids, present = read_ring(state, node)
                 near = state["current"].index_select(0, ids.view(-1))
                 return Reading(self._merged(own, self._attended(state, node, time_ns, own, near, present)))
-            absorbed = self.attention.absorb(self._query(own))
-            pooled = pool_rings(
-                node.numpy(),
-                time_ns.numpy(),
-                state["count"].numpy(),
-                state["current"].numpy(),
-                self._rings(state),
-                absorbed.contiguous().numpy(),
-                self.attention.scale,
-                _arrays(self.time.frequency, self.time.phase),
-            )
-            return Reading(self._merged(own, self.attention.project(torch.from_numpy(pooled))))
+            pooled = self._pooled(state, node, time_ns, self.attention.absorb(self._query(own)).contiguous())
+            return Reading(self._merged(own, self.attention.project(pooled)))
         ids, present = read_ring(state, node)
         distinct, place = torch.unique(torch.cat((node, ids.view(-1))), return_inverse=True)
         before, after = self._memories(state, distinct)
         own, near = after.index_select(0, place).split([len(node), ids.numel()])
         return Reading(self._merged(own, self._attended(state, node, time_ns, own, near, present)), before, after)
+
+    def _pooled(
+        self, state: GraphState, node: Tensor, time_ns: Tensor, absorbed: Tensor, row: Tensor | None = None
+    ) -> Tensor:
+        """Weighted means of rings' entries [n, heads, entry], from queries as `OneQueryAttention.absorb` has them, of
+        which node i has number row[i], or i.
+        """
+        heads, _, entry = self.attention.key.shape
+        row = torch.arange(len(node)) if row is None else row
+        given = node.numpy(), time_ns.numpy(), row.numpy(), state["count"].numpy(), state["current"].numpy()
+        rings, (_, _, _, time, _) = self._rings(state), self._weights()
+        absorbed = absorbed.view(len(absorbed), -1)
+        return torch.from_numpy(pool_rings(*given, rings, absorbed.numpy(), heads, entry, self.attention.scale, time))
 
     def _query(self, own: Tensor) -> Tensor:
         return torch.cat((own, self.time.phase.cos().expand(len(own), -1)), 1)
@@ -93,14 +99,14 @@ class TGN(MessageModel):
 
     def score(self, state: GraphState, source: Tensor, destination: Tensor, time_ns: Tensor) -> Tensor:
         few = 0 < destination.numel() + source.numel() <= FEW
-        if not few or self.training or torch.is_grad_enabled() or not self._compiles(state):
+        if self.training or torch.is_grad_enabled() or not self._compiles(state):
             return super().score(state, source, destination, time_ns)
+        if not few:
+            rows = max(1, CHUNK // (destination.shape[1] + 1))
+            parts = zip(source.split(rows), destination.split(rows), time_ns.split(rows), strict=True)
+            return torch.cat([self._scored(state, *part) for part in parts])
         _check_nodes(state, [*source.tolist(), *destination.view(-1).tolist()])
-        attention = self.attention
-        parts = attention.query.weight, attention.key, attention.value, attention.out.weight, attention.out.bias
-        merge = self.merge.weight, self.merge.bias, self.merge_out.weight, self.merge_out.bias
-        ends = self.decoder
-        decoder = ends.source.weight, ends.source.bias, ends.destination.weight, ends.out.weight, ends.out.bias
+        _, attention, merge, time, decoder = self._weights()
         scores = score_few(
             source.numpy(),
             destination.numpy(),
@@ -108,12 +114,28 @@ class TGN(MessageModel):
             state["count"].numpy(),
             state["current"].numpy(),
             self._rings(state),
-            _arrays(*parts),
-            _arrays(*merge),
-            _arrays(self.time.frequency, self.time.phase),
-            _arrays(*decoder),
+            attention,
+            merge,
+            time,
+            decoder,
         )
         return torch.from_numpy(scores)
+
+    def _scored(self, state: GraphState, source: Tensor, destination: Tensor, time_ns: Tensor) -> Tensor:
+        """As `read`, in serving on the processor: what depends on a node's memory alone is made once for each."""
+        batch, candidates = destination.shape
+        folded = self._fold()
+        node = torch.cat((source, destination.reshape(-1)))
+        distinct, row = torch.unique(node, return_inverse=True)
+        at_ns = torch.cat((time_ns, time_ns.repeat_interleave(candidates)))
+        own = torch.addmm(folded.own_bias, state["current"].index_select(0, distinct), folded.own)
+        pooled = self._pooled(state, node, at_ns, own, row)
+        hidden = own[:, -self.config.width :].index_select(0, row)
+        hidden = torch.addmm(hidden, pooled.view(len(node), -1), folded.pooled).relu_()
+        ends = torch.addmm(folded.source_bias, hidden[:batch], folded.source)
+        others = torch.addmm(folded.destination_bias, hidden[batch:], folded.destination)
+        both = (others.view(batch, candidates, -1) + ends[:, None]).relu_()
+        return both @ folded.out + folded.out_bias
 
     def update(
         self, state: GraphState, source: Tensor, destination: Tensor, time_ns: Tensor, features: Tensor | None = None
@@ -125,7 +147,8 @@ class TGN(MessageModel):
             return
         ends = int(source), int(destination), int(time_ns)
         _check_nodes(state, ends[:2])
-        smooth, cell = self.smoother, self.updater
+        smooth = self.smoother
+        cell, _, _, time, _ = self._weights()
         names = ("clock", "count", "other", "lag", "lag" if smooth is None else "kind")
         mixture = _NO_MIXTURE
         if smooth is not None:
@@ -140,8 +163,8 @@ class TGN(MessageModel):
             _arrays(state["memory"], state["current"], state["far"]),
             self._rings(state),
             mixture,
-            _arrays(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh),
-            _arrays(self.time.frequency, self.time.phase),
+            cell,
+            time,
             1.0 if smooth is None else float(smooth.gamma.detach()),
         )
 
@@ -149,6 +172,34 @@ class TGN(MessageModel):
         """Whether state and weights are where compiled code can reach them."""
         memory, weight = state["memory"], self.merge.weight
         return memory.is_cpu and weight.is_cpu and weight.dtype == memory.dtype == torch.float32
+
+    def _groups(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The parameters as the kernels take them."""
+        cell, attention, ends = self.updater, self.attention, self.decoder
+        return (
+            (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh),
+            (attention.query.weight, attention.key, attention.value, attention.out.weight, attention.out.bias),
+            (self.merge.weight, self.merge.bias, self.merge_out.weight, self.merge_out.bias),
+            (self.time.frequency, self.time.phase),
+            (ends.source.weight, ends.source.bias, ends.destination.weight, ends.out.weight, ends.out.bias),
+        )
+
+    def _weights(self) -> Any:
+        """Views of `_groups`, made again when a parameter has moved."""
+        groups = self._groups()
+        at = [parameter.data_ptr() for group in groups for parameter in group]
+        if self._views is None or self._views[0] != at:
+            self._views = at, tuple([_arrays(*group) for group in groups])
+        return self._views[1]
+
+    def _fold(self) -> Folded:
+        """Made again when a parameter has changed."""
+        parameters = [parameter for group in self._groups() for parameter in group]
+        # What was made in inference mode has no version, as nothing writes to it.
+        at = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]  # noqa: SLF001
+        if self._folded is None or self._folded[0] != at:
+            self._folded = at, fold(self)
+        return self._folded[1]
 
     def _rings(self, state: GraphState) -> Any:
         features = state.get("ring_features")

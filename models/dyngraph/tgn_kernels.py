@@ -238,22 +238,28 @@ def _pool(
 def pool_rings(
     node: Ints,
     time_ns: Ints,
+    query: Ints,
     count: Ints,
     current: Floats,
     rings: tuple[Ints, Ints, Floats],
     absorbed: Floats,
+    heads: int,
+    entry: int,
     scale: float,
     time: tuple[Floats, Floats],
 ) -> Floats:
-    """As the attention in `TGN.embed`, from queries `absorbed` [n, heads, entry] to pooled entries, the same shape."""
-    pooled = np.zeros(absorbed.shape, np.float32)
-    entries = np.empty((rings[0].shape[1], absorbed.shape[2]), np.float32)
+    """As the attention in `TGN.embed`, to pooled entries [n, heads, entry].
+
+    `absorbed`: queries, heads beside each other in its first columns; node i has that in row query[i].
+    """
+    pooled = np.zeros((len(node), heads, entry), np.float32)
+    entries, asked = np.empty((rings[0].shape[1], entry), np.float32), np.empty((heads, entry), np.float32)
     for row in range(len(node)):
         there = min(count[node[row]], rings[0].shape[1])
         if there > 0:
-            _pool(
-                node[row], time_ns[row], there, current, rings, absorbed[row], scale, time, entries, pooled[row]
-            )  # fmt: skip
+            for h in range(heads):
+                asked[h] = absorbed[query[row], h * entry : (h + 1) * entry]
+            _pool(node[row], time_ns[row], there, current, rings, asked, scale, time, entries, pooled[row])
     return pooled
 
 

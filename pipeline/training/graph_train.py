@@ -23,6 +23,7 @@ from stepstream.models.dyngraph.memory import MemoryConfig, MemoryModel, trainin
 from stepstream.models.dyngraph.nat import NAT, NATConfig
 from stepstream.models.dyngraph.nat_training import NATLearner
 from stepstream.pipeline.training.graph_data import GraphData, GraphSplit
+from stepstream.pipeline.training.graph_draws import TrainingDraws
 from stepstream.pipeline.training.graph_protocols import BATCH, Pairs, pair_metrics
 
 __all__ = ["NETWORKS", "GraphTrainOptions", "GraphTrainer", "build"]
@@ -38,14 +39,15 @@ class GraphTrainOptions:
 
     The run ends after `epochs`, after `minutes` of training time, or when validation (the mean of AP with random
     negatives over all interactions and over those with new nodes) has not improved for `patience` epochs. `batch`:
-    interactions in a training batch; validation always has the published 200. `negatives`: for each interaction, drawn
-    from the training part's destinations.
+    interactions in a training batch; validation always has the published 200. `negatives`, `historical`: for each
+    interaction, see `TrainingDraws`.
     """
 
     epochs: int = 50
     minutes: float = math.inf
     batch: int = BATCH
     negatives: int = 1
+    historical: int = 0
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     patience: int = 5
@@ -55,7 +57,7 @@ class GraphTrainOptions:
 
 
 class _Learner(Protocol):
-    def loss(self, state: GraphState, batch: Batch, negatives: Tensor) -> Tensor: ...
+    def loss(self, state: GraphState, batch: Batch, negatives: Tensor, expected: Tensor | None = None) -> Tensor: ...
     def take(self, state: GraphState, batch: Batch) -> None: ...
     def flush(self, state: GraphState) -> None: ...
 
@@ -64,7 +66,7 @@ class _MemoryLearner:
     def __init__(self, model: MemoryModel) -> None:
         self._model = model
 
-    def loss(self, state: GraphState, batch: Batch, negatives: Tensor) -> Tensor:
+    def loss(self, state: GraphState, batch: Batch, negatives: Tensor, expected: Tensor | None = None) -> Tensor:
         return training_step(self._model, state, Interactions(*batch), negatives)
 
     def take(self, state: GraphState, batch: Batch) -> None:
@@ -106,7 +108,7 @@ class GraphTrainer:
             self.model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
         self.rows = np.flatnonzero(self.split.train)
-        self.destinations = np.unique(data.destination[self.rows])
+        self.draws = TrainingDraws(data, self.rows)
         wanted = ("random", "new_random")
         self.pairs = [pairs for pairs in Pairs.of(data, self.split, "validation") if pairs.name in wanted]
         self.epoch, self.seconds, self.best, self.stale, self.best_epoch = 0, 0.0, -math.inf, 0, 0
@@ -149,9 +151,11 @@ class GraphTrainer:
             if (stop is not None and stop.is_set()) or self.seconds > 60 * o.minutes:
                 return False
             began = time.monotonic()
-            batch = self._batch(self.rows[first : first + o.batch])
-            drawn = random.choice(self.destinations, (len(batch[0]), o.negatives))
-            loss = self.learner.loss(state, batch, torch.from_numpy(drawn).to(o.device))
+            some = slice(first, first + o.batch)
+            batch = self._batch(self.rows[some])
+            drawn = self.draws.draw(some, o.negatives, o.historical, random)
+            negatives, expected = (torch.from_numpy(part).to(o.device) for part in (drawn.destination, drawn.expected))
+            loss = self.learner.loss(state, batch, negatives, expected if o.historical else None)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -162,6 +162,40 @@ def test_score_changes_nothing_and_knows_each_pair_alone() -> None:
             torch.testing.assert_close(alone[0, 0], scores[i, k], rtol=1e-4, atol=1e-5)
 
 
+@given(st.integers(0, 150), st.integers(0, 99), st.integers(0, 5))
+@settings(max_examples=25, deadline=None)
+def test_compiled_scores_are_those_of_torch_and_of_each_pair_alone(count: int, seed: int, hash_seed: int) -> None:
+    nat = model(seed=hash_seed)
+    with torch.no_grad():
+        for parameter in nat.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    state = taken(nat, stream(count, seed))
+    random = np.random.default_rng(seed)
+    source, candidates = torch.from_numpy(random.integers(0, NODES, 9)), torch.arange(90).reshape(9, 10) % NODES
+    now = START_NS + 10**13 + torch.from_numpy(random.integers(0, 10**12, 9))
+    with torch.no_grad():
+        scores = nat.score(state, source, candidates, now)
+        for i, k in ((0, 0), (3, 7), (8, 9)):
+            alone = nat.score(state, source[i : i + 1], candidates[i : i + 1, k : k + 1], now[i : i + 1])
+            assert torch.equal(alone[0, 0], scores[i, k])
+    torch.testing.assert_close(scores, nat.score(state, source, candidates, now), rtol=1e-4, atol=1e-4)
+    assert float(scores.abs().max()) > 0.1
+
+
+def test_it_is_known_which_interaction_of_a_node_was_the_last_with_another() -> None:
+    nat, events = model(first=64), stream(200)
+    state = taken(nat, events)
+    number, last = dict.fromkeys(range(NODES), 0), {}
+    for u, v in zip(events[0].tolist(), events[1].tolist(), strict=True):
+        for node in {u, v}:
+            number[node] += 1
+        last[u, v], last[v, u] = number[u], number[v]
+    for (node, slot), at in {
+        (n, s): int(state["at1"][n, s]) for n, s in (state["id1"] >= 0).nonzero().tolist()
+    }.items():
+        assert at == last[node, int(state["id1"][node, slot])]
+
+
 def test_growth_and_the_zero_of_time_change_no_score() -> None:
     nat, (source, destination, time_ns, features) = model(), stream(200)
     state = taken(nat, (source, destination, time_ns, features))
@@ -212,6 +246,18 @@ def test_gradients_reach_every_parameter() -> None:
     for name, parameter in nat.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
         assert bool((parameter.grad != 0).any()), name
+
+
+def test_when_all_are_drawn_the_loss_is_the_cross_entropy_among_all() -> None:
+    scores = torch.randn(5, 1 + 12) * 3
+    full = torch.nn.functional.cross_entropy(scores, torch.zeros(5, dtype=torch.int64))
+    whole = torch.logsumexp(scores, 1).square().mean()
+    torch.testing.assert_close(link_loss(scores, torch.ones(5, 12)), full + 0.05 * whole)
+    # The true one drawn again is left out; one of three drawn stands for all three.
+    again = torch.cat([scores, scores[:, :1]], 1)
+    torch.testing.assert_close(link_loss(again, torch.tensor([1.0] * 12 + [0.0]).expand(5, -1)), full + 0.05 * whole)
+    alike = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(link_loss(alike[:, :2], torch.tensor([[1 / 3]])), link_loss(alike, torch.ones(1, 3)))
 
 
 def test_it_learns_who_comes_back() -> None:

@@ -1,0 +1,59 @@
+"""TGN's scores in serving with the linear maps that follow one another multiplied out beforehand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stepstream.models.dyngraph.tgn import TGN
+
+__all__ = ["Folded", "fold"]
+
+
+class Folded(NamedTuple):
+    """Matrices that are applied from the right.
+
+    `own`, `own_bias`: a memory [width] -> how it meets the entries of its ring [heads entry], and what it adds to the
+    hidden layer of the embedding [width]. `pooled`: the entries' weighted means [heads entry] -> that hidden layer.
+    `source`, `source_bias`, `destination`, `destination_bias`: the hidden layer -> that of the decoder, as either end.
+    `out`, `out_bias`: that -> the score.
+    """
+
+    own: Tensor
+    own_bias: Tensor
+    pooled: Tensor
+    source: Tensor
+    source_bias: Tensor
+    destination: Tensor
+    destination_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+
+@torch.no_grad()
+def fold(model: TGN) -> Folded:
+    """The maps of `TGN.embed` and of the decoder: query and key, value and output and merge, merge and decoder."""
+    attention, merge, last, decoder = model.attention, model.merge, model.merge_out, model.decoder
+    width = model.config.width
+    heads, channels, entry = attention.key.shape
+    query = attention.query.weight.view(heads, channels, -1)
+    # [heads, memory and phase, entry], then heads side by side.
+    absorb = torch.bmm(query.transpose(1, 2), attention.key).transpose(0, 1).reshape(-1, heads * entry)
+    phase = model.time.phase.cos() @ absorb[width:]
+    attended, own = merge.weight[:, :width].t(), merge.weight[:, width:].t()
+    out = attention.out.weight.t().reshape(heads, channels, width)
+    decode = [part.weight.t() for part in (decoder.source, decoder.destination)]
+    return Folded(
+        own=torch.cat((absorb[:width], own), 1),
+        own_bias=torch.cat((phase, attention.out.bias @ attended + merge.bias)),
+        pooled=torch.bmm(attention.value, out).reshape(heads * entry, width) @ attended,
+        source=last.weight.t() @ decode[0],
+        source_bias=last.bias @ decode[0] + decoder.source.bias,
+        destination=last.weight.t() @ decode[1],
+        destination_bias=last.bias @ decode[1],
+        out=decoder.out.weight[0].clone(),
+        out_bias=decoder.out.bias.clone(),
+    )
