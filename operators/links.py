@@ -128,7 +128,8 @@ class Links(Operator):
         width = 0 if value.features is None else len(value.features)
         if self._features is not None and width != self._features:
             return f"features: {width} numbers, and {self.options.weights} expects {self._features}"
-        new = {value.source, value.destination} - graph.rows.keys()
+        # Not `{...} - graph.rows.keys()`: that walks through all the nodes.
+        new = {node for node in (value.source, value.destination) if node not in graph.rows}
         if len(graph.rows) + len(new) > self.options.max_nodes:
             return f"node {next(iter(sorted(new, key=str)))!r}: a new one, but max_nodes is {self.options.max_nodes:,}"
         return None
@@ -195,10 +196,12 @@ class Links(Operator):
         if self._features:
             held = [row[3] for row in graph.waiting if row[3] is not None]
             features = torch.from_numpy(np.stack(held).astype(np.float32))
-        # In time order, as models want them; ties in the order of arrival.
-        order = torch.argsort(time_ns, stable=True)
-        features = None if features is None else features[order]
-        self.model.update(graph.state, source[order], destination[order], time_ns[order], features)
+        if len(graph.waiting) > 1:
+            # In time order, as models want them; ties in the order of arrival.
+            order = torch.argsort(time_ns, stable=True)
+            features = None if features is None else features[order]
+            source, destination, time_ns = source[order], destination[order], time_ns[order]
+        self.model.update(graph.state, source, destination, time_ns, features)
         graph.waiting = []
 
     # ---- the state

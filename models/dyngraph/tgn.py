@@ -46,6 +46,7 @@ class TGN(MessageModel):
         self.attention = OneQueryAttention(d + t, d + t + f, d, config.heads)
         self.merge = nn.Linear(2 * d, d)
         self.merge_out = nn.Linear(d, d)
+        self._grouped: tuple[tuple[Tensor, ...], ...] | None = None
         self._views: tuple[Any, Any] | None = None
         self._folded: tuple[Any, Folded] | None = None
 
@@ -175,14 +176,23 @@ class TGN(MessageModel):
 
     def _groups(self) -> tuple[tuple[Tensor, ...], ...]:
         """The parameters as the kernels take them."""
+        if self._grouped is not None:
+            return self._grouped
         cell, attention, ends = self.updater, self.attention, self.decoder
-        return (
+        self._grouped = (
             (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh),
             (attention.query.weight, attention.key, attention.value, attention.out.weight, attention.out.bias),
             (self.merge.weight, self.merge.bias, self.merge_out.weight, self.merge_out.bias),
             (self.time.frequency, self.time.phase),
             (ends.source.weight, ends.source.bias, ends.destination.weight, ends.out.weight, ends.out.bias),
         )
+        return self._grouped
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """As of every module; with `assign=True` its parameters are others afterwards."""
+        loaded = super().load_state_dict(*args, **options)
+        self._grouped = None
+        return loaded
 
     def _weights(self) -> Any:
         """Views of `_groups`, made again when a parameter has moved."""

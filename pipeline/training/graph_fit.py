@@ -19,6 +19,9 @@ from stepstream.pipeline.training.graph_train import NETWORKS, GraphTrainer, Gra
 
 __all__ = ["train"]
 
+_DEFAULTS: dict[str, dict[str, Any]] = {"nat": {"negatives": 4, "historical": 2, "learning_rate": 1.5e-3}}
+"""Where a model is better with others: on Wikipedia this raises NAT's validation MRR, batch of 200, above recency's."""
+
 
 def _sizes(model: str) -> set[str]:
     kind = NATConfig if model == "nat" else MemoryConfig
@@ -36,11 +39,16 @@ def train(
     on_progress: Progress | None,
     stop: Event,
 ) -> dict[str, Any]:
-    """See `stepstream.pipeline.training.train`. `options`: fields of `GraphTrainOptions` and of the model's sizes."""
+    """See `stepstream.pipeline.training.train`. `options`: fields of `GraphTrainOptions` and of the model's sizes.
+
+    NAT is trained to choose the true destination among all, from 4 random and 2 historical ones, unless told otherwise.
+    """
     if model not in NETWORKS:
         raise InputError(f"{model} has nothing to train: {', '.join(NETWORKS)} were expected")
     sizes = {name: options.pop(name) for name in sorted(_sizes(model) & options.keys())}
-    chosen = checked(GraphTrainOptions, {"device": device, "seed": seed, **options, "model": sizes})
+    chosen = checked(
+        GraphTrainOptions, {"device": device, "seed": seed, **_DEFAULTS.get(model, {}), **options, "model": sizes}
+    )
     if not resume and out.exists():
         for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
