@@ -59,6 +59,7 @@ class NAT(nn.Module, GraphModel):
     """
 
     _since: Tensor
+    _ranks: Tensor
     _ages_ns: Tensor
 
     def __init__(self, config: NATConfig) -> None:
@@ -77,12 +78,14 @@ class NAT(nn.Module, GraphModel):
         self.out = nn.Sequential(nn.Linear(pair, c.hidden), nn.ReLU(), nn.Linear(c.hidden, 1))
         # Sharp knowledge, as a ranking wants it: one row for each class of when two nodes met last, for either end.
         self.since = nn.Embedding(2 * (len(nat_kernels.SINCE) + 1), c.hidden)
+        self.ranks = nn.Embedding(2 * (len(nat_kernels.RANKS) + 1), c.hidden)
         self.ages = nn.Embedding(2 * (len(nat_kernels.AGES_NS) + 1), c.hidden)
-        for classes in (self.since, self.ages):
+        for classes in (self.since, self.ranks, self.ages):
             nn.init.zeros_(classes.weight)
         # All that has parameters of its own, to look at them without a walk through the tree of modules.
         self._parts = [part for part in self.modules() if part is not self and part._parameters]  # noqa: SLF001
         self.register_buffer("_since", torch.from_numpy(nat_kernels.SINCE), persistent=False)
+        self.register_buffer("_ranks", torch.from_numpy(nat_kernels.RANKS), persistent=False)
         self.register_buffer("_ages_ns", torch.from_numpy(nat_kernels.AGES_NS), persistent=False)
 
     @classmethod
@@ -179,9 +182,15 @@ class NAT(nn.Module, GraphModel):
         """What nodes know of others as neighbours: their entries, and what the classes say of when they last met."""
         place = find(state["id1"], node, state["id"][other][:, None], self.config.seed)[:, 0]
         at = (node, place.clamp(min=0))
-        since = torch.bucketize(state["events"][node] - state["at1"][at], self._since, right=True)
-        age = torch.bucketize(time_ns - state["ns1"][at], self._ages_ns, right=True)
-        classes = self.since(since + end * (len(self._since) + 1)) + self.ages(age + end * (len(self._ages_ns) + 1))
+        last, times = state["at1"][node], state["ns1"][at]
+        later = ((last > state["at1"][at][:, None]) & (state["id1"][node] != EMPTY)).sum(1)
+        classes = torch.zeros_like(state["own"][:1, :1])
+        for table, value, bounds in (
+            (self.since, state["events"][node] - state["at1"][at], self._since),
+            (self.ranks, later, self._ranks),
+            (self.ages, time_ns - times, self._ages_ns),
+        ):
+            classes = classes + table(torch.bucketize(value, bounds, right=True) + end * (len(bounds) + 1))
         return self._entry(state, 1, node, place, time_ns), classes * (place[:, None] >= 0)
 
     def _join(self, state: GraphState, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +251,7 @@ class NAT(nn.Module, GraphModel):
             cells = [p for cell in (self.own, self.along) for p in cell.parameters()]
             layers = [p for part in (self.joint, self.attention, self.out) for p in part.parameters()]
             rates = _flat(torch.exp(-self.log_decay_s))
-            classes = [part.weight.detach().numpy().copy() for part in (self.since, self.ages)]
+            classes = [part.weight.detach().numpy().copy() for part in (self.since, self.ranks, self.ages)]
             self._prepared = at, (rates, *map(_flat, cells)), (rates, *map(_flat, layers), *classes)
         return self._prepared[1:]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from stepstream.models.dyngraph.compiled import inlined, kernel
 
-__all__ = ["AGES_NS", "SINCE", "find", "join", "take_in", "times"]
+__all__ = ["AGES_NS", "RANKS", "SINCE", "find", "join", "take_in", "times"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -22,6 +22,8 @@ _EMPTY = -1
 
 SINCE = np.array([1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 256], np.int64)
 """Where classes begin of how many interactions a node had since it met another; class 0: it is the last it met."""
+RANKS = np.array([1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24], np.int64)
+"""Where classes begin of how many others in its cache a node met later; class 0: it met none of them later."""
 AGES_NS = 10**9 * 2 ** np.arange(24, dtype=np.int64)
 """Where classes begin of how long ago two nodes met: a second to 97 days."""
 

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from stepstream.models.dyngraph.nat_kernels import AGES_NS, SINCE, find, times
+from stepstream.models.dyngraph.nat_kernels import AGES_NS, RANKS, SINCE, find, times
 
 __all__ = ["score_pairs"]
 
@@ -222,16 +222,23 @@ def _class(value: int, bounds: Ints) -> Any:
 
 
 @_quick
-def _met(state: Any, pair: Any, time_ns: int, since: Floats, ages: Floats, seed: int, out: Floats) -> None:
+def _met(state: Any, pair: Any, time_ns: int, classes: Any, seed: int, out: Floats) -> None:
     """As `NAT._met`: adds what the classes say of when the two ends last met, for each end that knows it."""
+    since, ranks, ages = classes
+    first, met_at = state[4], state[12]
     for side in range(2):
         node, other = pair[side], pair[1 - side]
-        place = find(state[4], node, state[0][other], seed)
+        place = find(first, node, state[0][other], seed)
         if place != _EMPTY:
-            first = side * (SINCE.shape[0] + 1) + _class(state[3][node] - state[12][node, place], SINCE)
-            second = side * (AGES_NS.shape[0] + 1) + _class(time_ns - state[5][node, place], AGES_NS)
+            later = 0
+            for entry in range(first.shape[1]):
+                if first[node, entry] != _EMPTY and met_at[node, entry] > met_at[node, place]:
+                    later += 1
+            a = side * (SINCE.shape[0] + 1) + _class(state[3][node] - met_at[node, place], SINCE)
+            b = side * (RANKS.shape[0] + 1) + _class(later, RANKS)
+            c = side * (AGES_NS.shape[0] + 1) + _class(time_ns - state[5][node, place], AGES_NS)
             for j in range(out.shape[1]):
-                out[0, j] += since[first, j] + ages[second, j]
+                out[0, j] += since[a, j] + ranks[b, j] + ages[c, j]
 
 
 @_quick
@@ -280,7 +287,7 @@ def score_pairs(
             _ends(state, pair, time_ns[b], rates, scale, many, seed, pooled, 2 * size)
             last[0] = weights[8]
             _through(pooled, 1, weights[7], 0, last)
-            _met(state, pair, time_ns[b], weights[11], weights[12], seed, last)
+            _met(state, pair, time_ns[b], weights[11:14], seed, last)
             score = weights[10][0]
             for j in range(size):
                 score += weights[9][j] * max(last[0, j], np.float32(0))
