@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class NAT(nn.Module, GraphModel):
 
     State: `bytes_per_node` for every node; everything is in it.
     """
+
+    identity: ClassVar[str | None] = "id"
 
     def __init__(self, config: NATConfig) -> None:
         super().__init__()
