@@ -145,7 +145,7 @@ def test_however_the_stream_is_cut_and_restarted(
     mode: str,
     idle: str | None,
 ) -> None:
-    """Between two cuts the process ends, or is killed behind a snapshot and goes on elsewhere, with the store's files."""
+    """At a cut the process ends, or it is killed behind a snapshot; it goes on elsewhere with the store's files."""
     name, options = case
     folder = tmp_path_factory.mktemp("stores")
     records = stream(count, seed=seed, keys="gh")
@@ -195,20 +195,20 @@ def _moved(operator: Links, other: Links) -> Links:
 
 @pytest.mark.parametrize("name", ["nat", "tgn", "pres-apan", "recency"])
 def test_the_same_cuts_are_the_same_to_the_bit(name: str, models: Path, tmp_path: Path) -> None:
-    records = stream(600, seed=3)
+    records = stream(300, seed=3)
     options: dict[str, Any] = {"freshness": "batch", "batch": 5, "max_nodes": 14, "rank": 3}
     operator = links(name, models, {"store": str(tmp_path)}, **options)
     states, found = [], []
-    for first in range(0, 600, 7):
+    for first in range(0, 300, 7):
         states.append(saved(operator) if first else None)
         found += operator.process(records[first : first + 7], RecordingContext())
-    for restart in (1, 20, 60):
+    for restart in (1, 15, 30):
         again = links(name, models, {"store": str(tmp_path)}, **options)
         state = states[restart]
         assert state is not None
         again.restore("g", state)
         replayed = []
-        for first in range(7 * restart, 600, 7):
+        for first in range(7 * restart, 300, 7):
             replayed += again.process(records[first : first + 7], RecordingContext())
         assert told(replayed) == told(found[7 * restart :])
 
@@ -229,9 +229,8 @@ def test_a_store_that_cannot_be_written_changes_nothing_until_the_headroom_is_us
         found += operator.process(records[at : at + 1], context)
         at += 1
     assert 30 < at < 200 and told(found) == told(wanted[: at - 1])
-    assert (
-        context.reasons[0].startswith("node ") and "max_nodes is 24, and nodes that should leave" in context.reasons[0]
-    )
+    assert context.reasons[0].startswith("node ")
+    assert "max_nodes is 24, and nodes that should leave cannot be written" in context.reasons[0]
     assert "FileExistsError" in context.reasons[0] and context.counts["store_failures"] >= 2
     assert sum("cannot be written" in record.message for record in caplog.records) == 1
     # A restart loses nothing of what waits, and when the store is there again it is written and all goes on.
@@ -293,18 +292,18 @@ def test_what_is_stored_stays_in_proportion(models: Path, tmp_path: Path) -> Non
     operator, context = links("recency", models, {"store": str(tmp_path)}, max_nodes=40), RecordingContext()
     operator.process(records, context)
     held = away_of(operator)
-    assert context.counts["evicted"] > 2000
+    assert context.counts["evicted"] > 1000
     assert len(held) <= 200 and sum(len(s.live) for s in held._segments.values()) < 4 * 200 + 2 * 40
     # Files that are of no use any more are left, as an older snapshot may need them.
     assert len(held._segments) < len(list(tmp_path.iterdir()))
 
 
 def test_a_snapshot_of_many_who_are_away_is_small(models: Path, tmp_path: Path) -> None:
-    operator = links("recency", models, {"store": str(tmp_path)}, max_nodes=4000)
-    operator.process([event(i, i, -i - 1) for i in range(20_000)], RecordingContext())
+    operator = links("recency", models, {"store": str(tmp_path)}, max_nodes=1600)
+    operator.process([event(i, i, -i - 1) for i in range(6000)], RecordingContext())
     state = operator.snapshot("g")["residents"]["away"]
-    assert len(away_of(operator)) >= 36_000
-    assert sum(leaf.nbytes for leaf in (state["segments"], state["heads"], state["sizes"], state["live"])) < 15_000
+    assert len(away_of(operator)) >= 10_000
+    assert sum(leaf.nbytes for leaf in (state["segments"], state["heads"], state["sizes"], state["live"])) < 8_000
     assert not state["unwritten"]
 
 
