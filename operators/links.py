@@ -168,7 +168,8 @@ class Links(Operator):
             return f"features: {width} numbers, and {self.options.weights} expects {self._features}"
         if graph.residents is not None:
             return graph.residents.refusal(graph, value)
-        new = {value.source, value.destination} - graph.rows.keys()
+        # A set less a dict's keys would look at every key.
+        new = {node for node in (value.source, value.destination) if node not in graph.rows}
         if len(graph.rows) + len(new) > self.options.max_nodes:
             return f"node {next(iter(sorted(new, key=str)))!r}: a new one, but max_nodes is {self.options.max_nodes:,}"
         return None

@@ -85,7 +85,7 @@ class Residents:
 
     def refusal(self, graph: ResidentGraph, value: Interaction) -> str | None:
         """Why an interaction cannot be taken in, which changes nothing; None: it can."""
-        new = sorted({value.source, value.destination} - graph.rows.keys(), key=str)
+        new = sorted(_new(graph, value), key=str)
         if not new:
             return None
         if self._numbers + len(new) > NODES:
@@ -105,7 +105,7 @@ class Residents:
 
     def moves(self, graph: ResidentGraph, value: Interaction) -> bool:
         """Whether `make_room` and `row` change what has been there, so that scores must be taken before."""
-        new = {value.source, value.destination} - graph.rows.keys()
+        new = _new(graph, value)
         if len(graph.rows) + len(new) > self._most or self._looks(graph.newest):
             return True
         away = self.away
@@ -122,7 +122,7 @@ class Residents:
                 there = np.flatnonzero(self._used != _NEVER)
                 idle = there[self._stamp[there] <= graph.newest - self._idle_ns]
                 self._leave(graph, _without(idle, staying), context)
-        needed = len({value.source, value.destination} - graph.rows.keys())
+        needed = len(_new(graph, value))
         if len(graph.rows) + needed > self._most:
             there = _without(np.flatnonzero(self._used != _NEVER), staying)
             count = min(max(self._part, needed), len(there))
@@ -269,6 +269,11 @@ class Residents:
     def used_rows(self) -> int:
         """How many rows were ever taken, with NOBODY's."""
         return self._rows
+
+
+def _new(graph: ResidentGraph, value: Interaction) -> set[NodeId]:
+    """The ends that are not in memory. (A set less a dict's keys would look at every key.)"""
+    return {node for node in (value.source, value.destination) if node not in graph.rows}
 
 
 def _without(rows: np.ndarray[Any, np.dtype[np.int64]], some: set[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
