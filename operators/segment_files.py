@@ -18,10 +18,10 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Segment", "SegmentError", "SegmentFiles", "digest"]
+__all__ = ["SUFFIX", "Segment", "SegmentError", "SegmentFiles", "digest"]
 
 _LOG = logging.getLogger(__name__)
-_SUFFIX = ".segment.safetensors"
+SUFFIX = ".segment.safetensors"
 _TRIES = 4
 _WAIT_S = 0.25
 
@@ -118,7 +118,7 @@ class SegmentFiles:
 
     def name(self, sha256: str) -> str:
         """The path of a segment."""
-        return f"{self._root}/{sha256}{_SUFFIX}"
+        return f"{self._root}/{sha256}{SUFFIX}"
 
     def write(self, segment: Segment) -> None:
         """Makes a segment durable, whole or not at all. Raises OSError or what the file system has instead."""
