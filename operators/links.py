@@ -122,10 +122,15 @@ class Links(Operator):
         return graph
 
     def _read_ahead(self, records: Sequence[Record]) -> None:
-        if self._files is not None:
-            for key, graph in self._graphs.items():
-                if graph.residents is not None:
-                    graph.residents.read_ahead(graph, [record.value for record in records if record.key == key])
+        if self._files is None or len(records) < 2:
+            return
+        values: dict[str, list[Interaction]] = {}
+        for record in records:
+            values.setdefault(record.key, []).append(record.value)
+        for key, some in values.items():
+            graph = self._graphs.get(key)
+            if graph is not None and graph.residents is not None:
+                graph.residents.read_ahead(graph, some)
 
     def _take(self, graph: _Graph, records: Sequence[Record], context: Context) -> list[Record]:
         """Interactions of one graph that see the same state; with them it may be time to refresh it."""

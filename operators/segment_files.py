@@ -17,11 +17,13 @@ from typing import Any
 import fsspec
 import numpy as np
 import numpy.typing as npt
+from fsspec.implementations.local import LocalFileSystem
 
 __all__ = ["SUFFIX", "Segment", "SegmentError", "SegmentFiles", "digest"]
 
 _LOG = logging.getLogger(__name__)
-SUFFIX = ".segment.safetensors"
+SUFFIX = ".segment"
+"""Not that of snapshots: who cleans up among those must not find these."""
 _TRIES = 4
 _WAIT_S = 0.25
 
@@ -114,7 +116,7 @@ class SegmentFiles:
             self._files, self._root = fsspec.core.url_to_fs(place)
         except (ImportError, ValueError) as error:
             raise ValueError(f"store {place}: {error}") from error
-        self._local = isinstance(self._files, fsspec.implementations.local.LocalFileSystem)
+        self._local = isinstance(self._files, LocalFileSystem)
 
     def name(self, sha256: str) -> str:
         """The path of a segment."""
@@ -159,7 +161,8 @@ class SegmentFiles:
             if isinstance(wrong, FileNotFoundError):
                 raise wrong
             _LOG.warning("nodes that are away: %s cannot be read: %s: %s", self.place, type(wrong).__name__, wrong)
-            time.sleep(_WAIT_S * 2**attempt)
+            if attempt + 1 < _TRIES:
+                time.sleep(_WAIT_S * 2**attempt)
         raise SegmentError(
             f"{self.place} cannot be read: {type(wrong).__name__}: {wrong}. Nothing is lost: what is restarted when "
             "the store is back goes on from its last snapshot"

@@ -37,7 +37,7 @@ def unused_segments(snapshots: Sequence[str], store: str, older_than: timedelta)
         files, root = fsspec.core.url_to_fs(place)
         for path in files.find(root):
             name = path.rsplit("/", 1)[-1]
-            if not name.endswith(_SNAPSHOT) or name.endswith(SUFFIX):
+            if not name.endswith(_SNAPSHOT):
                 continue
             with files.open(path, "rb") as file:
                 _collect(read_snapshot(file, files.info(path)["size"], name.removesuffix(_SNAPSHOT)).tree, named)

@@ -53,9 +53,14 @@ class WithNegatives(Links):
             return out
         picks = self.random.integers(0, len(self.names), len(good))
         rows = torch.tensor([[graph.rows.get(self.names[pick], NOBODY)] for pick in picks])
+        # As nodes that nobody has met: numbers that are given to none.
+        graph.state["number"][NOBODY] = (1 << 31) - 1
+        if "id" in graph.state["held"]:
+            graph.state["held"]["id"][NOBODY] = -2
         source = torch.tensor([row for _, row, _ in good])
         time_ns = torch.tensor([record.time_ns for record, _, _ in good])
         false = self.model.score(graph.state, source, rows, time_ns)[:, 0].tolist()
+        graph.state["number"][NOBODY] = -1
         self.pairs += [(float(o.value.scores[0]), f) for o, f in zip(out, false, strict=True)]
         return out
 

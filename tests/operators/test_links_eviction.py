@@ -41,7 +41,7 @@ def scores(records: list[Any]) -> np.ndarray[Any, Any]:
 # ---- what eviction changes
 
 
-@pytest.mark.parametrize("name", ["nat", "recency", "edgebank"])
+@pytest.mark.parametrize("name", ["nat", "jodie", "recency", "edgebank"])
 @pytest.mark.parametrize("freshness", ["per_event", "batch"])
 def test_who_comes_back_scores_as_if_nobody_had_left(name: str, freshness: str, models: Path, tmp_path: Path) -> None:
     """What these know of a pair is in the rows of its two ends."""

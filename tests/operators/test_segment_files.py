@@ -21,7 +21,7 @@ def test_a_segment_is_a_safetensors_file_that_can_be_read_in_parts(tmp_path: Pat
     files = SegmentFiles(str(tmp_path / "a" / "b"))
     files.write(segment)
     files.write(segment)
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [f"{segment.sha256}.segment.safetensors"]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [f"{segment.sha256}.segment"]
     assert files.read([(segment.sha256, *segment.span(place)) for place in (2, 0, 1)]) == [RECORDS[2], b"one", b""]
     assert segment.check.tolist() == [digest(record) for record in RECORDS]
     head = files.read([(segment.sha256, 0, segment.base)])[0]
