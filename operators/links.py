@@ -14,8 +14,11 @@ from torch import Tensor
 from stepstream.connectors.records import Interaction, LinkScores, NodeId, Record
 from stepstream.models.dyngraph.base import GraphState
 from stepstream.models.dyngraph.loading import load_graph_model
+from stepstream.models.dyngraph.residency import Residency
 from stepstream.operators import base
 from stepstream.operators.base import Context, Operator, State
+from stepstream.operators.residents import Evict, Residents
+from stepstream.operators.segment_files import SegmentFiles
 
 __all__ = ["Links"]
 
@@ -34,6 +37,7 @@ class _Graph:
         self.is_destination: set[int] = set()
         self.waiting: list[tuple[int, int, int, np.ndarray[Any, np.dtype[np.float32]] | None]] = []
         self.newest: int | None = None
+        self.residents: Residents | None = None
 
 
 class Links(Operator):
@@ -49,6 +53,9 @@ class Links(Operator):
     graph. Dead-lettered with the reason and without any change of state: an interaction with a node beyond that, and
     features of another width than the weights were made for. Counted: "interactions"; "new_nodes"; "out_of_order", an
     interaction older than one before it, which is taken in as it is (`interactions` in front sets order right).
+
+    With `evict`, `max_nodes` is how many are in memory, and others leave for a store, or for good: see `Residents` and
+    `Residency`. Counted: "evicted", "reloaded", "forgotten", "lost", "store_failures".
     """
 
     class Options(base.Options):
@@ -60,6 +67,7 @@ class Links(Operator):
         batch: int = Field(200, ge=1, le=100_000, description="interactions between refreshes, freshness: batch")
         rank: int | None = Field(None, ge=1, le=10_000, description="how many destinations; None: score the given one")
         max_nodes: int = Field(1_000_000, ge=1, le=1 << 31)
+        evict: Evict | None = None
 
     consumes: ClassVar[tuple[type, ...]] = (Interaction,)
     emits: ClassVar[tuple[type, ...]] = (LinkScores,)
@@ -72,6 +80,16 @@ class Links(Operator):
         self._features = loaded.features
         self._size = 1 if options.freshness == "per_event" else options.batch
         self._graphs: dict[str, _Graph] = {}
+        self._resident: Residency | None = None
+        self._files: SegmentFiles | None = None
+        if options.evict is not None:
+            if options.max_nodes < 2 * self._size + 2:
+                raise ValueError(
+                    f"max_nodes is {options.max_nodes}: with evict, at least {2 * self._size + 2} were expected, the "
+                    "ends of all that waits and two more"
+                )
+            self._files = None if options.evict.store is None else SegmentFiles(options.evict.store)
+            self.model = self._resident = Residency(loaded.model, returns=self._files is not None)
 
     # ---- the stream
 
@@ -79,6 +97,7 @@ class Links(Operator):
         """One output for each interaction that could be used."""
         out: list[Record] = []
         with torch.no_grad():
+            self._read_ahead(records)
             first = 0
             while first < len(records):
                 graph = self._graph(records[first].key)
@@ -93,14 +112,31 @@ class Links(Operator):
     def _graph(self, key: str) -> _Graph:
         graph = self._graphs.get(key)
         if graph is None:
-            nodes = min(_FIRST_NODES, self.options.max_nodes)
-            graph = self._graphs[key] = _Graph(self.model.initial_state(nodes), nodes)
+            graph = self._graphs[key] = self._new_graph(min(_FIRST_NODES, self.options.max_nodes))
         return graph
+
+    def _new_graph(self, nodes: int) -> _Graph:
+        graph = _Graph(self.model.initial_state(nodes), nodes)
+        if self._resident is not None and self.options.evict is not None:
+            graph.residents = Residents(self._resident, self.options.evict, self.options.max_nodes, self._files)
+        return graph
+
+    def _read_ahead(self, records: Sequence[Record]) -> None:
+        if self._files is None or len(records) < 2:
+            return
+        values: dict[str, list[Interaction]] = {}
+        for record in records:
+            values.setdefault(record.key, []).append(record.value)
+        for key, some in values.items():
+            graph = self._graphs.get(key)
+            if graph is not None and graph.residents is not None:
+                graph.residents.read_ahead(graph, some)
 
     def _take(self, graph: _Graph, records: Sequence[Record], context: Context) -> list[Record]:
         """Interactions of one graph that see the same state; with them it may be time to refresh it."""
         good: list[tuple[Record, int, int]] = []
         known: list[list[int]] = []
+        out: list[Record] = []
         for record in records:
             reason = self._fault(graph, record.value)
             if reason is not None:
@@ -109,17 +145,24 @@ class Links(Operator):
             if graph.newest is not None and record.time_ns < graph.newest:
                 context.count("out_of_order")
             graph.newest = record.time_ns if graph.newest is None else max(graph.newest, record.time_ns)
+            context.count("interactions")
+            if graph.residents is not None and graph.residents.moves(graph, record.value):
+                # Those before it see who was there before it, wherever the stream is cut.
+                out += self._scores(graph, good, known)
+                good, known = [], []
+                graph.residents.make_room(graph, record.value, context)
             source, destination = (
                 self._row(graph, node, context) for node in (record.value.source, record.value.destination)
             )
             known.append([destination] if self.options.rank is None else graph.destinations[:])
-            if destination not in graph.is_destination:
+            if graph.residents is not None:
+                graph.residents.destination(graph, destination)
+            elif destination not in graph.is_destination:
                 graph.is_destination.add(destination)
                 graph.destinations.append(destination)
             good.append((record, source, destination))
             graph.waiting.append((source, destination, record.time_ns, record.value.features))
-        context.count("interactions", len(good))
-        out = self._scores(graph, good, known)
+        out += self._scores(graph, good, known)
         if len(graph.waiting) >= self._size:
             self._refresh(graph)
         return out
@@ -128,13 +171,17 @@ class Links(Operator):
         width = 0 if value.features is None else len(value.features)
         if self._features is not None and width != self._features:
             return f"features: {width} numbers, and {self.options.weights} expects {self._features}"
-        # Not `{...} - graph.rows.keys()`: that walks through all the nodes.
+        if graph.residents is not None:
+            return graph.residents.refusal(graph, value)
+        # A set less a dict's keys would look at every key.
         new = {node for node in (value.source, value.destination) if node not in graph.rows}
         if len(graph.rows) + len(new) > self.options.max_nodes:
             return f"node {next(iter(sorted(new, key=str)))!r}: a new one, but max_nodes is {self.options.max_nodes:,}"
         return None
 
     def _row(self, graph: _Graph, node: NodeId, context: Context) -> int:
+        if graph.residents is not None:
+            return graph.residents.row(graph, node, context)
         row = graph.rows.get(node)
         if row is None:
             row = graph.rows[node] = len(graph.names)
@@ -216,28 +263,41 @@ class Links(Operator):
         used = len(graph.names)
         width = self._features or 0
         waiting = [row[3] for row in graph.waiting if row[3] is not None] if width else []
-        return {
+        state: State = {
             "nodes": list(graph.names),
             "destinations": np.array(graph.destinations, dtype=np.int64),
             "newest": graph.newest,
             "waiting": np.array([row[:3] for row in graph.waiting], dtype=np.int64).reshape(-1, 3),
-            "waiting_features": np.array(waiting, dtype=np.float32).reshape(-1, width),
-            "model": _part(graph.state, used, graph.capacity),
+            "waiting_features": np.array(waiting, dtype=np.float32).reshape(len(waiting), width),
         }
+        if graph.residents is None:
+            return state | {"model": _part(graph.state, used, graph.capacity)}
+        assert self._resident is not None
+        there = graph.residents.used_rows
+        held = _part(self._resident.saved(graph.state), there, graph.capacity)
+        return state | {"nodes": [], "residents": graph.residents.snapshot(graph), "model": held}
 
     def restore(self, key: str, state: State) -> None:
         """The inverse of `snapshot`. Raises ValueError for a state of another model."""
+        if ("residents" in state) != (self._resident is not None):
+            raise ValueError("a graph whose nodes leave memory cannot be one whose nodes do not, nor the other way")
         nodes: list[NodeId] = list(state["nodes"])
         capacity = min(_FIRST_NODES, self.options.max_nodes)
         while capacity < len(nodes):
             capacity = min(2 * capacity, self.options.max_nodes)
             if capacity == self.options.max_nodes < len(nodes):
                 raise ValueError(f"the saved graph has {len(nodes)} nodes, and max_nodes is {capacity}")
-        graph = _Graph(self.model.initial_state(capacity), capacity)
-        _fill(graph.state, state["model"], len(nodes), "model")
-        graph.names, graph.rows = nodes, {node: row for row, node in enumerate(nodes)}
-        graph.destinations = [int(row) for row in state["destinations"]]
-        graph.is_destination = set(graph.destinations)
+        graph = self._new_graph(capacity)
+        if graph.residents is not None and self._resident is not None:
+            graph.residents.restore(graph, state["residents"])
+            held = self._resident.saved(graph.state)
+            _fill(held, state["model"], graph.residents.used_rows, "model")
+            graph.state = self._resident.restored(held)
+        else:
+            _fill(graph.state, state["model"], len(nodes), "model")
+            graph.names, graph.rows = nodes, {node: row for row, node in enumerate(nodes)}
+            graph.destinations = [int(row) for row in state["destinations"]]
+            graph.is_destination = set(graph.destinations)
         graph.newest = state["newest"]
         features = np.asarray(state["waiting_features"], dtype=np.float32)
         for i, (source, destination, time_ns) in enumerate(np.asarray(state["waiting"]).tolist()):

@@ -6,6 +6,8 @@ arXiv:2011.11545
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ class APAN(MemoryModel):
     mailbox keeps the newest. What is pending here is the mailbox, so training reads it with gradient through the
     encoder. A mail is placed by the encoding of its age, where the paper encodes its position in the box.
     """
+
+    sends: ClassVar[bool] = True
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)

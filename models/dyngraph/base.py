@@ -26,6 +26,16 @@ class GraphModel(ABC):
     task: ClassVar[str] = "graph"
     needs_weights: ClassVar[bool] = True
 
+    # What `stepstream.models.dyngraph.residency` must know to give a node's row to another node.
+    references: ClassVar[tuple[str, ...]] = ()
+    """The leaves that hold the numbers of other nodes, and are used as rows: int64 [nodes, ...]."""
+    identity: ClassVar[str | None] = None
+    """The leaf int64 [nodes] that says what a node is called in the rows of others: a number never given twice."""
+    sends: ClassVar[bool] = False
+    """Whether `update` writes to the rows that references name."""
+    by_number: ClassVar[bool] = False
+    """Whether it has no rows, and keeps what it knows by the numbers of nodes."""
+
     @classmethod
     def from_card(cls, card: dict[str, Any]) -> GraphModel:
         """The model that the JSON form of a `stepstream.models.weights.Card` describes, its parameters not loaded."""

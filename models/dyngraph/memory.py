@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,8 @@ class MemoryModel(nn.Module, GraphModel):
     In training, `score` makes memories from what is pending with the weights of the moment, with gradient; in serving
     it reads the ones that `update` made. Times before 1970 are taken for late.
     """
+
+    references: ClassVar[tuple[str, ...]] = ("other", "ring_ids")
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()

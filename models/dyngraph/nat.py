@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class NAT(nn.Module, GraphModel):
 
     State: `bytes_per_node` for every node; everything is in it.
     """
+
+    identity: ClassVar[str | None] = "id"
 
     _since: Tensor
     _ranks: Tensor

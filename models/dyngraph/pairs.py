@@ -43,6 +43,7 @@ class PairMemory(GraphModel):
     """
 
     needs_weights: ClassVar[bool] = False
+    by_number: ClassVar[bool] = True
 
     window_ns: int | None = None
     """How long a pair is of use after it met; older ones are dropped when room is needed. None: for ever."""
@@ -83,6 +84,23 @@ class PairMemory(GraphModel):
         table = torch.full((rows, 2), _compiled().FREE, dtype=torch.int64)
         state["taken_global"][0] = _compiled().move(old.numpy(), table.numpy(), oldest)
         state["pairs_global"] = table
+
+    def pull(self, state: GraphState, nodes: npt.NDArray[np.int64], *, both: bool) -> npt.NDArray[np.int64]:
+        """Takes the pairs of these sources out: int64 [P, 3], (source, destination, time), sorted. `update` puts them
+        back. With `both`, pairs whose destination is one of `nodes` are dropped too.
+        """
+        table = state["pairs_global"].numpy()
+        taken = np.flatnonzero(table[:, 0] != _compiled().FREE)
+        source, destination = np.divmod(table[taken, 0], _compiled().NODES)
+        own = np.isin(source, nodes)
+        gone = own | np.isin(destination, nodes) if both else own
+        if not gone.any():
+            return np.zeros((0, 3), dtype=np.int64)
+        pairs = np.stack([source[own], destination[own], table[taken[own], 1]], 1)
+        # A row set free in place would cut the way to those behind it.
+        table[taken[gone], 0] = _compiled().FREE
+        self._make_room(state, NEVER + (self.window_ns or 0))
+        return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
     def last_met(self, state: GraphState, source: Tensor, destination: Tensor) -> npt.NDArray[np.int64]:
         """int64 [B, K]: when `source` [B] last met each `destination` [B, K]; NEVER if it did not."""

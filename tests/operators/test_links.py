@@ -150,6 +150,18 @@ def test_who_comes_late_is_counted_and_taken_in() -> None:
     assert float(found[2].value.scores[0]) > 0
 
 
+def test_a_baseline_is_saved_as_well() -> None:
+    operator = links(freshness="batch", batch=4)
+    operator.process(stream(11), RecordingContext())
+    again = links(freshness="batch", batch=4)
+    again.restore("g", operator.snapshot("g"))
+    more = stream(30)[11:]
+    wanted = operator.process(more, RecordingContext())
+    found = again.process(more, RecordingContext())
+    assert told(found) == told(wanted)
+    assert [r.value.scores.tolist() for r in found] == [r.value.scores.tolist() for r in wanted]
+
+
 def test_states_that_do_not_fit_are_named(weights: Path) -> None:
     operator = links(weights)
     operator.process(stream(20), RecordingContext())
