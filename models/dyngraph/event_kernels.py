@@ -39,7 +39,8 @@ def arrange(source: Ints, destination: Ints, time_ns: Ints, features: Floats, he
             if time_ns[i] >= clock[node]:
                 nodes[found], rows[found], sides[found] = node, i, side
                 found += 1
-    order = np.argsort(nodes[:found], kind="mergesort")
+    # One interaction's ends stay as they are: how a product is rounded must not depend on what rows are called.
+    order = np.argsort(nodes[:found], kind="mergesort") if size > 1 else np.arange(found)
     node, other, at = np.empty(found, np.int64), np.empty(found, np.int64), np.empty(found, np.int64)
     direction, row = np.empty(found, np.float32), np.empty(found, np.int64)
     rank, newest = np.empty(found, np.int64), np.empty(found, np.int64)
