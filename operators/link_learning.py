@@ -22,7 +22,7 @@ __all__ = ["GraphLearning", "LearnOptions"]
 
 class LearnOptions(base.Options):
     """How a graph's weights learn on. `guard`: interactions over which they are compared with the frozen ones, in whole
-    windows of `every`. `margin`: the share by which they must be better to be heard, or worse to begin anew.
+    windows of `every`. `margin`: the share by which they must be better to be heard.
     """
 
     learning_rate: float = Field(1e-4, gt=0, le=1, allow_inf_nan=False)
