@@ -203,11 +203,11 @@ class Links(Operator):
         scores = model.score(state, source, destination[:, None], time_ns).numpy().astype(np.float32)
         names = [weights] * len(good)
         if weights != self.weights_hash:
-            mute = np.flatnonzero(~np.isfinite(scores[:, 0]))
-            if len(mute):
-                asked = source[mute], destination[mute, None], time_ns[mute]
-                scores[mute] = self.model.score(graph.state, *asked).numpy()
-                names = [self.weights_hash if i in set(mute.tolist()) else weights for i in range(len(good))]
+            mute = np.flatnonzero(~np.isfinite(scores[:, 0])).tolist()
+            if mute:
+                scores[mute] = self.model.score(graph.state, source[mute], destination[mute, None], time_ns[mute])
+                for i in mute:
+                    names[i] = self.weights_hash
             context.count("served_learned", len(good) - len(mute))
         return [
             self._output(record, (record.value.destination,), scores[i], names[i])
