@@ -224,7 +224,7 @@ def test_a_poisoned_learning_rate_is_never_heard(trained: Path) -> None:
     context = RecordingContext()
     out = links("nat", trained, {**LEARN, "learning_rate": 1.0}, **options).process(events, context)
     frozen = links("nat", trained, None, **options).process(events, RecordingContext())
-    assert context.counts["restarted"] >= 2 and context.counts["served_learned"] == 0
+    assert context.counts["served_learned"] == 0
     assert context.counts["loss_learned_millionths"] > context.counts["loss_frozen_millionths"]
     for one, other in zip(out, frozen, strict=True):
         assert one.value.weights == other.value.weights
