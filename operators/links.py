@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepstream.connectors.records import Interaction, LinkScores, NodeId, Record
-from stepstream.models.dyngraph.base import GraphState
+from stepstream.models.dyngraph.base import GraphModel, GraphState
 from stepstream.models.dyngraph.loading import load_graph_model
+from stepstream.models.dyngraph.online import can_learn, one_thread
 from stepstream.models.dyngraph.residency import Residency
+from stepstream.models.registry import model_class
 from stepstream.operators import base
 from stepstream.operators.base import Context, Operator, State
+from stepstream.operators.link_learning import GraphLearning, LearnOptions
 from stepstream.operators.residents import Evict, Residents
 from stepstream.operators.segment_files import SegmentFiles
 
@@ -38,6 +43,7 @@ class _Graph:
         self.waiting: list[tuple[int, int, int, np.ndarray[Any, np.dtype[np.float32]] | None]] = []
         self.newest: int | None = None
         self.residents: Residents | None = None
+        self.learning: GraphLearning | None = None
 
 
 class Links(Operator):
@@ -56,6 +62,10 @@ class Links(Operator):
 
     With `evict`, `max_nodes` is how many are in memory, and others leave for a store, or for good: see `Residents` and
     `Residency`. Counted: "evicted", "reloaded", "forgotten", "lost", "store_failures".
+    With `learn` the weights go on learning, for each graph its own: predict, score, learn. An output comes from the
+    learned weights while they foretell better than the frozen ones, and names which. See `GraphLearning` and `Guard`;
+    counted: "learned_steps", "took_over", "fell_back", "restarted", "not_finite", "served_learned", and the losses of
+    both.
     """
 
     class Options(base.Options):
@@ -68,6 +78,19 @@ class Links(Operator):
         rank: int | None = Field(None, ge=1, le=10_000, description="how many destinations; None: score the given one")
         max_nodes: int = Field(1_000_000, ge=1, le=1 << 31)
         evict: Evict | None = None
+        learn: LearnOptions | None = Field(None, description="go on learning on the stream; None: frozen weights")
+
+        @model_validator(mode="after")
+        def _can_learn(self) -> Links.Options:
+            if self.learn is None:
+                return self
+            if self.evict is not None:
+                raise ValueError("learn: cannot be used with evict: the learner keeps a state of its own of all nodes")
+            if not can_learn(model_class(self.model)):
+                raise ValueError(f"learn: {self.model} has no weights that could learn from a stream")
+            if self.freshness == "batch" and self.learn.every % self.batch:
+                raise ValueError(f"learn.every: {self.learn.every} is not a multiple of batch ({self.batch})")
+            return self
 
     consumes: ClassVar[tuple[type, ...]] = (Interaction,)
     emits: ClassVar[tuple[type, ...]] = (LinkScores,)
@@ -96,7 +119,7 @@ class Links(Operator):
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:
         """One output for each interaction that could be used."""
         out: list[Record] = []
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.options.learn is None else one_thread():
             self._read_ahead(records)
             first = 0
             while first < len(records):
@@ -119,6 +142,8 @@ class Links(Operator):
         graph = _Graph(self.model.initial_state(nodes), nodes)
         if self._resident is not None and self.options.evict is not None:
             graph.residents = Residents(self._resident, self.options.evict, self.options.max_nodes, self._files)
+        if self.options.learn is not None:
+            graph.learning = GraphLearning(self.options.learn, self.model, self.weights_hash, nodes)
         return graph
 
     def _read_ahead(self, records: Sequence[Record]) -> None:
@@ -148,7 +173,7 @@ class Links(Operator):
             context.count("interactions")
             if graph.residents is not None and graph.residents.moves(graph, record.value):
                 # Those before it see who was there before it, wherever the stream is cut.
-                out += self._scores(graph, good, known)
+                out += self._scores(graph, good, known, context)
                 good, known = [], []
                 graph.residents.make_room(graph, record.value, context)
             source, destination = (
@@ -162,9 +187,9 @@ class Links(Operator):
                 graph.destinations.append(destination)
             good.append((record, source, destination))
             graph.waiting.append((source, destination, record.time_ns, record.value.features))
-        out += self._scores(graph, good, known)
+        out += self._scores(graph, good, known, context)
         if len(graph.waiting) >= self._size:
-            self._refresh(graph)
+            self._refresh(graph, context)
         return out
 
     def _fault(self, graph: _Graph, value: Interaction) -> str | None:
@@ -190,54 +215,80 @@ class Links(Operator):
             if row >= graph.capacity:
                 graph.capacity = min(2 * graph.capacity, self.options.max_nodes)
                 graph.state = self.model.grow(graph.state, graph.capacity)
+                if graph.learning is not None:
+                    graph.learning.grow(graph.capacity)
         return row
 
     def _scores(
-        self, graph: _Graph, good: Sequence[tuple[Record, int, int]], known: Sequence[Sequence[int]]
+        self, graph: _Graph, good: Sequence[tuple[Record, int, int]], known: Sequence[Sequence[int]], context: Context
     ) -> list[Record]:
         """What the state says of each, before any of them is taken in."""
         if self.options.rank is None:
-            if not good:
-                return []
-            source, destination, time_ns = _columns([(s, d, record.time_ns) for record, s, d in good])
-            scores = self.model.score(graph.state, source, destination[:, None], time_ns).numpy()
-            return [
-                self._output(record, (record.value.destination,), scores[i].astype(np.float32))
-                for i, (record, _, _) in enumerate(good)
-            ]
+            return self._given(graph, good, context) if good else []
         out = []
         for (record, source_row, _), candidates in zip(good, known, strict=True):
-            scores = self._ranked(graph, source_row, candidates, record.time_ns)
+            scores, weights = self._ranked(graph, source_row, candidates, record.time_ns, context)
             # Of equal scores the one that came first as a destination.
             best = np.argsort(-scores, kind="stable")[: self.options.rank]
             names = tuple(graph.names[candidates[i]] for i in best)
-            out.append(self._output(record, names, scores[best]))
+            out.append(self._output(record, names, scores[best], weights))
         return out
 
+    def _voices(self, graph: _Graph) -> list[tuple[GraphModel, GraphState, str]]:
+        """Models, states and names of weights: the first is heard, the second where the first has no number to say."""
+        frozen = self.model, graph.state, self.weights_hash
+        learned = graph.learning
+        if learned is None or not learned.guard.serves:
+            return [frozen]
+        return [(learned.model, learned.state, learned.name), frozen]
+
+    def _given(self, graph: _Graph, good: Sequence[tuple[Record, int, int]], context: Context) -> list[Record]:
+        source, destination, time_ns = _columns([(s, d, record.time_ns) for record, s, d in good])
+        model, state, weights = self._voices(graph)[0]
+        scores = model.score(state, source, destination[:, None], time_ns).numpy().astype(np.float32)
+        names = [weights] * len(good)
+        if weights != self.weights_hash:
+            mute = np.flatnonzero(~np.isfinite(scores[:, 0])).tolist()
+            if mute:
+                scores[mute] = self.model.score(graph.state, source[mute], destination[mute, None], time_ns[mute])
+                for i in mute:
+                    names[i] = self.weights_hash
+            context.count("served_learned", len(good) - len(mute))
+        return [
+            self._output(record, (record.value.destination,), scores[i], names[i])
+            for i, (record, _, _) in enumerate(good)
+        ]
+
     def _ranked(
-        self, graph: _Graph, source: int, candidates: Sequence[int], time_ns: int
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        parts = [np.zeros(0, dtype=np.float32)]
+        self, graph: _Graph, source: int, candidates: Sequence[int], time_ns: int, context: Context
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], str]:
         one, at = torch.tensor([source]), torch.tensor([time_ns])
-        for first in range(0, len(candidates), _SCORED_AT_ONCE):
-            some = torch.tensor(candidates[first : first + _SCORED_AT_ONCE])
-            parts.append(self.model.score(graph.state, one, some[None], at)[0].numpy().astype(np.float32))
-        return np.concatenate(parts)
+        for model, state, weights in self._voices(graph):
+            parts = [np.zeros(0, dtype=np.float32)]
+            for first in range(0, len(candidates), _SCORED_AT_ONCE):
+                some = torch.tensor(candidates[first : first + _SCORED_AT_ONCE])
+                parts.append(model.score(state, one, some[None], at)[0].numpy().astype(np.float32))
+            scores = np.concatenate(parts)
+            if weights == self.weights_hash:
+                break
+            if np.isfinite(scores).all():
+                context.count("served_learned")
+                break
+        return scores, weights
 
     def _output(
-        self, record: Record, destinations: tuple[NodeId, ...], scores: np.ndarray[Any, np.dtype[np.float32]]
+        self,
+        record: Record,
+        destinations: tuple[NodeId, ...],
+        scores: np.ndarray[Any, np.dtype[np.float32]],
+        weights: str,
     ) -> Record:
         value = LinkScores(
-            record.value.source,
-            destinations,
-            scores,
-            self.options.freshness,
-            self.options.model,
-            self.weights_hash,
+            record.value.source, destinations, scores, self.options.freshness, self.options.model, weights
         )
         return record.derive(0, value)
 
-    def _refresh(self, graph: _Graph) -> None:
+    def _refresh(self, graph: _Graph, context: Context) -> None:
         source, destination, time_ns = _columns([row[:3] for row in graph.waiting])
         features = None
         if self._features:
@@ -248,8 +299,13 @@ class Links(Operator):
             order = torch.argsort(time_ns, stable=True)
             features = None if features is None else features[order]
             source, destination, time_ns = source[order], destination[order], time_ns[order]
+        if graph.learning is not None:
+            batch = source, destination, time_ns, features
+            graph.learning.observe(graph.state, batch, graph.destinations, context)
         self.model.update(graph.state, source, destination, time_ns, features)
         graph.waiting = []
+        if graph.learning is not None:
+            graph.learning.settle(graph.state, len(graph.destinations), context)
 
     # ---- the state
 
@@ -270,6 +326,8 @@ class Links(Operator):
             "waiting": np.array([row[:3] for row in graph.waiting], dtype=np.int64).reshape(-1, 3),
             "waiting_features": np.array(waiting, dtype=np.float32).reshape(len(waiting), width),
         }
+        if graph.learning is not None:
+            state["learning"] = graph.learning.snapshot(partial(_part, used=used, capacity=graph.capacity))
         if graph.residents is None:
             return state | {"model": _part(graph.state, used, graph.capacity)}
         assert self._resident is not None
@@ -288,6 +346,8 @@ class Links(Operator):
             if capacity == self.options.max_nodes < len(nodes):
                 raise ValueError(f"the saved graph has {len(nodes)} nodes, and max_nodes is {capacity}")
         graph = self._new_graph(capacity)
+        if ("learning" in state) != (graph.learning is not None):
+            raise ValueError("the saved graph was served with another option `learn`")
         if graph.residents is not None and self._resident is not None:
             graph.residents.restore(graph, state["residents"])
             held = self._resident.saved(graph.state)
@@ -295,6 +355,8 @@ class Links(Operator):
             graph.state = self._resident.restored(held)
         else:
             _fill(graph.state, state["model"], len(nodes), "model")
+            if graph.learning is not None:
+                graph.learning.restore(state["learning"], partial(_fill, used=len(nodes), where="learned"))
             graph.names, graph.rows = nodes, {node: row for row, node in enumerate(nodes)}
             graph.destinations = [int(row) for row in state["destinations"]]
             graph.is_destination = set(graph.destinations)
@@ -316,8 +378,14 @@ class Links(Operator):
             "freshness": self.options.freshness if self._size == 1 else f"batch of {self._size}",
             "candidates": "the given destination" if self.options.rank is None else f"the best {self.options.rank}",
             "receptive_field": None,
-            "state_bytes_per_node": getattr(self.model, "bytes_per_node", None),
+            "state_bytes_per_node": self._bytes_per_node(),
+            **({} if self.options.learn is None else {"learns": f"behind every {self.options.learn.every}"}),
         }
+
+    def _bytes_per_node(self) -> int | None:
+        each: int | None = getattr(self.model, "bytes_per_node", None)
+        # The frozen weights' state, the learned ones', and the one that learning goes through.
+        return each if each is None or self.options.learn is None else 3 * each
 
 
 def _columns(rows: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,15 @@ class NATLearner:
         self._waiting: Batch | None = None
         self._held: tuple[Tensor, GraphState] | None = None
 
+    @property
+    def waiting(self) -> Batch | None:
+        """The batch that was learned from last and is not in the state yet: with the state all that a step needs."""
+        return self._waiting
+
+    @waiting.setter
+    def waiting(self, batch: Batch | None) -> None:
+        self._waiting, self._held = batch, None
+
     def loss(self, state: GraphState, batch: Batch, negatives: Tensor, expected: Tensor | None = None) -> Tensor:
         """Of a batch (source, destination, time_ns, features) against destinations int64 [B, K] that are not true;
         `expected` [B, K]: see `link_loss`.

@@ -1,0 +1,100 @@
+"""Which of two models is heard: the one that foretold better, and not the other one a moment later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Guard", "Verdict", "link_losses"]
+
+Verdict = Literal["go on", "takes over", "falls back", "restart", "falls back and restart"]
+
+
+_COLLAPSE = 2.0
+
+
+def link_losses(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Binary cross entropy [B] of logits [B, 1 + K] whose first column is true; the true one weighs as all others."""
+    logits = scores.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # what is no number stays none, which the guard sees
+        losses: npt.NDArray[np.float64] = np.logaddexp(0, -logits[:, 0]) + np.logaddexp(0, logits[:, 1:]).mean(1)
+    return losses / 2
+
+
+class Guard:
+    """Compares a learning model with the frozen one it came from, over the last `blocks` blocks of interactions.
+
+    Both are told by what they lost on each interaction before it was taken in. The frozen one is heard first. The
+    learning one takes over when over all the blocks it lost less by the share `margin`; it falls back when it lost more
+    at all: between the two nothing changes, so that they do not take turns on noise. Meanwhile it goes on learning
+    unheard, which was measured to be better than beginning anew (docs/graphs.md). Only when it lost more than twice as
+    much, heard or not, or something not finite, learning has to begin anew, and the blocks are forgotten.
+    """
+
+    def __init__(self, blocks: int, margin: float) -> None:
+        self._blocks, self._margin = blocks, margin
+        self._lost: list[list[float]] = []
+        self._sums = [0.0, 0.0]
+        self._count = 0
+        self.serves = False
+        """Whether the learning one is heard."""
+
+    def add(self, frozen: npt.NDArray[np.float64], learning: npt.NDArray[np.float64]) -> None:
+        """What both lost on some interactions."""
+        self._sums[0] += float(frozen.sum())
+        self._sums[1] += float(learning.sum())
+        self._count += len(frozen)
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Mean losses, frozen and learning, over the finished blocks that are remembered; NaN without any."""
+        if not self._lost:
+            return math.nan, math.nan
+        frozen, learning = (math.fsum(column) / len(self._lost) for column in zip(*self._lost, strict=True))
+        return frozen, learning
+
+    def close(self) -> Verdict:
+        """Ends a block, and decides."""
+        mean = [total / self._count for total in self._sums]
+        self._sums, self._count = [0.0, 0.0], 0
+        if not math.isfinite(mean[1]):
+            return self.forget()
+        self._lost = [*self._lost, mean][-self._blocks :]
+        frozen, learning = self.losses
+        share = len(self._lost) / self._blocks
+        # Not only when the window is full: a collapse is not waited out.
+        if share * (learning - frozen) > (_COLLAPSE - 1) * frozen:
+            return self.forget()
+        if self.serves and learning > frozen:
+            self.serves = False
+            return "falls back"
+        if not self.serves and share == 1 and learning < (1 - self._margin) * frozen:
+            self.serves = True
+            return "takes over"
+        return "go on"
+
+    def forget(self) -> Verdict:
+        """The frozen one is heard, and the comparison begins anew."""
+        served, self.serves = self.serves, False
+        self._lost, self._sums, self._count = [], [0.0, 0.0], 0
+        return "falls back and restart" if served else "restart"
+
+    def snapshot(self) -> dict[str, Any]:
+        """All it remembers."""
+        return {
+            "serves": self.serves,
+            "lost": [list(block) for block in self._lost],
+            "sums": list(self._sums),
+            "count": self._count,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """The inverse of `snapshot`."""
+        self.serves = bool(saved["serves"])
+        self._lost = [[float(loss) for loss in block] for block in saved["lost"]]
+        self._sums = [float(total) for total in saved["sums"]]
+        self._count = int(saved["count"])

@@ -1,0 +1,182 @@
+"""Learning on the stream of one graph: predict, score, learn, with the frozen weights beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stepstream.models.dyngraph.base import GraphModel, GraphState
+from stepstream.models.dyngraph.nat_caches import slots
+from stepstream.models.dyngraph.online import Batch, Fill, OnlineLearner, Part, clone_state
+from stepstream.operators import base
+from stepstream.operators.base import Context
+from stepstream.operators.link_guard import Guard, Verdict, link_losses
+
+__all__ = ["GraphLearning", "LearnOptions"]
+
+
+class LearnOptions(base.Options):
+    """How a graph's weights learn on. `guard`: interactions over which they are compared with the frozen ones, in whole
+    windows of `every`. `margin`: the share by which they must be better to be heard.
+    """
+
+    learning_rate: float = Field(1e-4, gt=0, le=1, allow_inf_nan=False)
+    negatives: int = Field(1, ge=1, le=100, description="destinations met so far that an interaction is told from")
+    every: int = Field(200, ge=1, le=100_000, description="interactions of a graph behind which it learns")
+    guard: int = Field(2000, ge=1, le=10_000_000)
+    margin: float = Field(0.01, ge=0, lt=1, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, lt=1 << 31)
+
+    @model_validator(mode="after")
+    def _fits(self) -> LearnOptions:
+        if self.guard < self.every:
+            raise ValueError(f"guard: {self.guard} interactions are less than one window of every ({self.every})")
+        return self
+
+
+class GraphLearning:
+    """The weights that one graph teaches, their state of it, and the guard that compares them with the frozen ones.
+
+    Two graphs never learn into each other's weights: what a key's outputs are depends on its own records alone.
+    `observe` comes before interactions are taken in, `settle` after; windows of `every` interactions are counted in the
+    order of the log, and a window's end must be an end of what is observed at once, so that nothing here depends on how
+    the stream is cut into calls. Negatives are decided by seed and number of the interaction alone, out of the
+    destinations met up to then. `name` is of the weights: the frozen ones' hash, "+", and how many steps this graph has
+    learned in all; with the key it names one set of weights.
+    """
+
+    def __init__(self, options: LearnOptions, model: GraphModel, weights: str, nodes: int) -> None:
+        self._options, self._frozen, self._weights = options, model, weights
+        self._learner = OnlineLearner(model, nodes, options.learning_rate, options.seed)
+        self.state: GraphState = model.initial_state(nodes)
+        self.guard = Guard(-(-options.guard // options.every), options.margin)
+        self._seen = 0
+        self._window: list[tuple[Batch, Tensor]] = []
+
+    @property
+    def model(self) -> GraphModel:
+        """With the learned weights."""
+        return self._learner.model
+
+    @property
+    def name(self) -> str:
+        """Of the learned weights."""
+        return f"{self._weights}+{self._learner.steps}"
+
+    def grow(self, nodes: int) -> None:
+        """Makes room for more nodes."""
+        self.state = self.model.grow(self.state, nodes)
+        self._learner.grow(nodes)
+
+    # ---- the stream
+
+    def observe(self, frozen: GraphState, batch: Batch, destinations: Sequence[int], context: Context) -> None:
+        """Both models foretell interactions that neither has taken in; then the learned state does."""
+        source, destination, time_ns, _ = batch
+        negatives = self._drawn(destination, destinations)
+        candidates = torch.cat((destination[:, None], negatives), 1)
+        lost = [
+            link_losses(model.score(state, source, candidates, time_ns).numpy())
+            for model, state in ((self._frozen, frozen), (self.model, self.state))
+        ]
+        self.guard.add(*lost)
+        for name, losses in zip(("frozen", "learned"), lost, strict=True):
+            # Counters are whole numbers: millionths, over "interactions" the mean loss.
+            total = float(losses.sum())
+            context.count(f"loss_{name}_millionths", round(1e6 * total) if np.isfinite(total) else 0)
+        self.model.update(self.state, *batch)
+        self._seen += len(source)
+        self._window.append((batch, negatives))
+
+    def settle(self, frozen: GraphState, destinations: int, context: Context) -> None:
+        """At the end of a window: who is heard from now on, and a step of learning. `frozen`: the state with it."""
+        if self._seen % self._options.every:
+            return
+        window, self._window = self._window, []
+        verdict = self.guard.close()
+        self._tell(verdict, context)
+        if verdict in ("restart", "falls back and restart"):
+            self._restart(frozen, context)
+        elif destinations > 1:
+            self._learn(window, frozen, context)
+
+    def _learn(self, window: Sequence[tuple[Batch, Tensor]], frozen: GraphState, context: Context) -> None:
+        batch, negatives = _joined(window)
+        if self._learner.step(batch, negatives):
+            context.count("learned_steps")
+            return
+        context.count("not_finite")
+        self._tell(self.guard.forget(), context)
+        self._restart(frozen, context)
+
+    def _restart(self, frozen: GraphState, context: Context) -> None:
+        context.count("restarted")
+        self._learner.restart(self._frozen, frozen)
+        self.state = clone_state(frozen)
+
+    def _tell(self, verdict: Verdict, context: Context) -> None:
+        if verdict.startswith("falls back"):
+            context.count("fell_back")
+        elif verdict == "takes over":
+            context.count("took_over")
+
+    def _drawn(self, destination: Tensor, known: Sequence[int]) -> Tensor:
+        """Negatives int64 [B, K]; whoever draws the true one takes the next."""
+        count = self._options.negatives
+        first = self._seen * count
+        places = slots(torch.arange(first, first + len(destination) * count), len(known), self._options.seed)
+        true = destination.repeat_interleave(count).tolist()
+        drawn = [
+            known[(place + 1) % len(known)] if known[place] == row else known[place]
+            for place, row in zip(places.tolist(), true, strict=True)
+        ]
+        return torch.tensor(drawn).view(-1, count)
+
+    # ---- what is kept
+
+    def snapshot(self, part: Part) -> dict[str, Any]:
+        """All of it, copied; `part` of a state."""
+        window: dict[str, Any] = {}
+        if self._window:
+            batch, negatives = _joined(self._window, in_order=False)
+            columns = zip(("source", "destination", "time_ns", "features"), batch, strict=True)
+            window = {name: column for name, column in columns if column is not None} | {"negatives": negatives}
+        return {
+            "frozen": self._weights,
+            "seen": self._seen,
+            "guard": self.guard.snapshot(),
+            "learner": self._learner.snapshot(part),
+            "state": part(self.state),
+            "window": window,
+        }
+
+    def restore(self, saved: Mapping[str, Any], fill: Fill) -> None:
+        """The inverse of `snapshot`, into one that has seen nothing. Raises ValueError for what does not fit."""
+        if saved["frozen"] != self._weights:
+            raise ValueError(f"what was learned is from the weights {saved['frozen']}, not from {self._weights}")
+        self._seen = int(saved["seen"])
+        self.guard.restore(saved["guard"])
+        self._learner.restore(saved["learner"], fill)
+        fill(self.state, saved["state"])
+        window = {name: torch.as_tensor(column).clone() for name, column in saved["window"].items()}
+        if window:
+            batch = window["source"], window["destination"], window["time_ns"], window.get("features")
+            self._window = [(batch, window["negatives"])]
+
+
+def _joined(window: Sequence[tuple[Batch, Tensor]], *, in_order: bool = True) -> tuple[Batch, Tensor]:
+    """A window as one batch: in time order, as models want it, or as it came."""
+    batches, negatives = zip(*window, strict=True)
+    source, destination, time_ns = (torch.cat([batch[i] for batch in batches]) for i in range(3))
+    held = [batch[3] for batch in batches if batch[3] is not None]
+    features, drawn = torch.cat(held) if held else None, torch.cat(negatives)
+    if in_order:
+        order = torch.argsort(time_ns, stable=True)
+        source, destination, time_ns, drawn = source[order], destination[order], time_ns[order], drawn[order]
+        features = None if features is None else features[order]
+    return (source, destination, time_ns, features), drawn

@@ -1,0 +1,78 @@
+"""The guard: who is heard, when that changes, and that noise does not make them take turns."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepstream.operators.link_guard import Guard, Verdict, link_losses
+
+
+def closed(guard: Guard, frozen: float, learning: float, count: int = 5) -> Verdict:
+    guard.add(np.full(count, frozen), np.full(count, learning))
+    return guard.close()
+
+
+def test_the_loss_is_the_cross_entropy_of_the_true_one_and_the_mean_of_the_others() -> None:
+    scores = np.array([[2.0, -1.0, 0.5], [800.0, -800.0, -800.0], [-800.0, 0.0, 0.0]], dtype=np.float32)
+    one = (math.log1p(math.exp(-2)) + (math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 2) / 2
+    np.testing.assert_allclose(link_losses(scores), [one, 0, (800 + math.log(2)) / 2], rtol=1e-12)
+
+
+def test_it_takes_over_only_over_a_whole_window_and_by_the_margin() -> None:
+    guard = Guard(blocks=3, margin=0.1)
+    assert [closed(guard, 1.0, 0.5) for _ in range(2)] == ["go on", "go on"] and not guard.serves
+    assert closed(guard, 1.0, 0.5) == "takes over" and guard.serves
+    little = Guard(blocks=3, margin=0.1)
+    assert {closed(little, 1.0, 0.95) for _ in range(9)} == {"go on"}
+
+
+def test_it_falls_back_when_it_is_worse_and_begins_anew_when_it_collapses() -> None:
+    guard = Guard(blocks=2, margin=0.1)
+    assert [closed(guard, 1.0, 0.8) for _ in range(2)] == ["go on", "takes over"]
+    # Better by less than the margin: it stays.
+    assert [closed(guard, 1.0, 0.99) for _ in range(3)] == ["go on"] * 3 and guard.serves
+    assert closed(guard, 1.0, 1.05) == "falls back" and not guard.serves
+    assert [closed(guard, 1.0, 1.8) for _ in range(3)] == ["go on"] * 3
+    assert [closed(guard, 1.0, 2.1) for _ in range(2)] == ["go on", "restart"]
+    assert all(math.isnan(loss) for loss in guard.losses)
+
+
+def test_a_collapse_is_not_waited_out() -> None:
+    guard = Guard(blocks=10, margin=0.01)
+    assert closed(guard, 0.3, 5.0) == "restart"
+    for _ in range(10):
+        closed(guard, 0.3, 0.2)
+    assert guard.serves
+    assert closed(guard, 0.3, 6.0) == "falls back and restart"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_what_is_not_finite_is_never_heard(loss: float) -> None:
+    guard = Guard(blocks=1, margin=0.01)
+    assert closed(guard, 1.0, 0.5) == "takes over"
+    assert closed(guard, 1.0, loss) == "falls back and restart"
+    assert closed(guard, 1.0, loss) == "restart"
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.2))
+def test_noise_around_equal_losses_does_not_make_them_take_turns(seed: int, margin: float) -> None:
+    random = np.random.default_rng(seed)
+    guard = Guard(blocks=10, margin=margin)
+    verdicts = [closed(guard, 1.0, 1.0 + float(random.uniform(-margin, margin)) * 0.9) for _ in range(100)]
+    assert "takes over" not in verdicts and not guard.serves
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 1), st.floats(0.1, 1)), max_size=12), st.integers(0, 12))
+def test_a_restored_guard_goes_on_as_the_one_it_was(losses: list[tuple[float, float]], cut: int) -> None:
+    guard, copy = Guard(3, 0.05), Guard(3, 0.05)
+    for frozen, learning in losses[:cut]:
+        closed(guard, frozen, learning)
+    guard.add(np.array([0.7]), np.array([0.1]))
+    copy.restore(guard.snapshot())
+    assert [closed(guard, *pair) for pair in losses[cut:]] == [closed(copy, *pair) for pair in losses[cut:]]
+    assert guard.snapshot() == copy.snapshot()
