@@ -18,11 +18,14 @@ _COLLAPSE = 2.0
 
 
 def link_losses(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Binary cross entropy [B] of logits [B, 1 + K] whose first column is true; the true one weighs as all others."""
+    """What is lost in choosing the first of [B, 1 + K] candidates, which is the true one: cross-entropy [B].
+
+    It compares scores within a row only, so that models whose scores mean other things can be compared.
+    """
     logits = scores.astype(np.float64)
     with np.errstate(invalid="ignore"):  # what is no number stays none, which the guard sees
-        losses: npt.NDArray[np.float64] = np.logaddexp(0, -logits[:, 0]) + np.logaddexp(0, logits[:, 1:]).mean(1)
-    return losses / 2
+        losses: npt.NDArray[np.float64] = np.logaddexp.reduce(logits, axis=1) - logits[:, 0]
+    return losses
 
 
 class Guard:

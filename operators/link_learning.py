@@ -26,7 +26,7 @@ class LearnOptions(base.Options):
     """
 
     learning_rate: float = Field(1e-4, gt=0, le=1, allow_inf_nan=False)
-    negatives: int = Field(1, ge=1, le=100, description="destinations met so far that an interaction is told from")
+    negatives: int = Field(4, ge=1, le=100, description="destinations met so far that an interaction is told from")
     every: int = Field(200, ge=1, le=100_000, description="interactions of a graph behind which it learns")
     guard: int = Field(2000, ge=1, le=10_000_000)
     margin: float = Field(0.01, ge=0, lt=1, allow_inf_nan=False)
@@ -103,11 +103,13 @@ class GraphLearning:
         if verdict in ("restart", "falls back and restart"):
             self._restart(frozen, context)
         elif destinations > 1:
-            self._learn(window, frozen, context)
+            self._learn(window, frozen, destinations, context)
 
-    def _learn(self, window: Sequence[tuple[Batch, Tensor]], frozen: GraphState, context: Context) -> None:
+    def _learn(
+        self, window: Sequence[tuple[Batch, Tensor]], frozen: GraphState, destinations: int, context: Context
+    ) -> None:
         batch, negatives = _joined(window)
-        if self._learner.step(batch, negatives):
+        if self._learner.step(batch, negatives, destinations):
             context.count("learned_steps")
             return
         context.count("not_finite")

@@ -70,7 +70,7 @@ class NAT(nn.Module, GraphModel):
         times = 1 + c.decays
         self.log_decay_s = nn.Parameter(torch.linspace(math.log(60), _LONG, c.decays))
         self.own = nn.GRUCell(c.node + times + 1 + c.features, c.node)
-        self.along = nn.GRUCell(c.node + times + c.features, c.edge)
+        self.along = nn.GRUCell(c.node + times + 1 + c.features, c.edge)
         entry = 1 + c.edge + times + 1
         side = 1 + 2 * entry + 1
         self.joint = nn.Sequential(nn.Linear(2 * side, c.hidden), nn.ReLU(), nn.Linear(c.hidden, c.hidden), nn.ReLU())
@@ -267,7 +267,7 @@ class NAT(nn.Module, GraphModel):
         role = torch.cat([torch.zeros(len(source)), torch.ones(int(two.sum()))])[:, None]
         theirs = state["own"][other]
         own = self._own(state, node, theirs, at_ns, role, features)
-        first = self._first(state, node, other, theirs, at_ns, features)
+        first = self._first(state, node, other, theirs, at_ns, role, features)
         second = self._second(state, node, other)
         state["own"][node] = own
         state["own_ns"][node] = torch.maximum(state["own_ns"][node], at_ns)
@@ -289,7 +289,14 @@ class NAT(nn.Module, GraphModel):
         return self.own(torch.cat([theirs, times, role, features], 1), state["own"][node])
 
     def _first(
-        self, state: GraphState, node: Tensor, other: Tensor, theirs: Tensor, at_ns: Tensor, features: Tensor
+        self,
+        state: GraphState,
+        node: Tensor,
+        other: Tensor,
+        theirs: Tensor,
+        at_ns: Tensor,
+        role: Tensor,
+        features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Where the other end goes in the cache of neighbours, its new representation, and how often it was met."""
         ids = state["id"][other]
@@ -297,7 +304,7 @@ class NAT(nn.Module, GraphModel):
         known = (state["id1"][node, place] == ids).float()
         times = self._times(at_ns - state["ns1"][node, place]) * known[:, None]
         before = state["edge1"][node, place] * known[:, None]
-        edge = self.along(torch.cat([theirs, times, features], 1), before)
+        edge = self.along(torch.cat([theirs, times, role, features], 1), before)
         return place, edge, state["met1"][node, place] * known + 1
 
     def _second(self, state: GraphState, node: Tensor, other: Tensor) -> dict[str, Tensor]:

@@ -177,7 +177,8 @@ def take_in(
                 times(time_ns[i] - ns1[node, place[side]], rates, scale, x1[side, node_size:])
             else:
                 x1[side, node_size : node_size + wide] = 0
-            x1[side, node_size + wide :] = features[i]
+            x1[side, node_size + wide] = side
+            x1[side, node_size + wide + 1 :] = features[i]
             before = edge1[node, place[side]] if known[side] else nothing
             _gru(x1[side], before, new_edge[side], wi1, wh1, bi1, bh1, work)
             best[side] = _EMPTY

@@ -17,10 +17,11 @@ def closed(guard: Guard, frozen: float, learning: float, count: int = 5) -> Verd
     return guard.close()
 
 
-def test_the_loss_is_the_cross_entropy_of_the_true_one_and_the_mean_of_the_others() -> None:
+def test_the_loss_is_the_cross_entropy_of_choosing_the_true_one_whatever_is_added_to_all_scores() -> None:
     scores = np.array([[2.0, -1.0, 0.5], [800.0, -800.0, -800.0], [-800.0, 0.0, 0.0]], dtype=np.float32)
-    one = (math.log1p(math.exp(-2)) + (math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 2) / 2
-    np.testing.assert_allclose(link_losses(scores), [one, 0, (800 + math.log(2)) / 2], rtol=1e-12)
+    one = math.log(1 + math.exp(-3) + math.exp(-1.5))
+    np.testing.assert_allclose(link_losses(scores), [one, 0, 800 + math.log(2)], rtol=1e-12)
+    np.testing.assert_allclose(link_losses(scores + np.float32(7)), link_losses(scores), rtol=1e-12)
 
 
 def test_it_takes_over_only_over_a_whole_window_and_by_the_margin() -> None:
