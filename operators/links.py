@@ -218,7 +218,7 @@ class Links(Operator):
             "destinations": np.array(graph.destinations, dtype=np.int64),
             "newest": graph.newest,
             "waiting": np.array([row[:3] for row in graph.waiting], dtype=np.int64).reshape(-1, 3),
-            "waiting_features": np.array(waiting, dtype=np.float32).reshape(-1, width),
+            "waiting_features": np.array(waiting, dtype=np.float32).reshape(len(waiting), width),
             "model": _part(graph.state, used, graph.capacity),
         }
 
