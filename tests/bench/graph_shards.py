@@ -1,0 +1,212 @@
+"""What sharding a graph costs: accuracy, staleness, records and bytes, against a single writer.
+
+`uv run --group bench python -m tests.bench.graph_shards wikipedia.npz --weights FOLDER --shards 1,2,4,8`
+
+All in one process and one thread: the operators `shards` and `shard-links` themselves, and in the broker's place a queue
+in which a copy is behind the interaction that caused it and the `delay` next ones. The state is made from the beginning
+of the recording; pairs are scored in the test part, true link and random negative (DyGLib's), by the source's owner.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepstream.connectors.codecs import encode
+from stepstream.connectors.records import Interaction, NodeMemory, Origin, Record
+from stepstream.operators.shard_links import ShardLinks
+from stepstream.operators.shard_state import NOBODY, ShardState
+from stepstream.operators.shards import Shards, node_number
+from stepstream.pipeline.training.graph_data import GraphData, GraphSplit, read_graph
+from stepstream.pipeline.training.graph_metrics import average_precision, batch_mean
+from stepstream.pipeline.training.graph_protocols import BATCH, Pairs
+
+ENCODED_EVERY = 200
+
+
+class Counter:
+    """A `Context` that counts, and takes no dead letters."""
+
+    replaying = False
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def count(self, what: str, amount: int = 1) -> None:
+        self.counts[what] = self.counts.get(what, 0) + amount
+
+    def dead_letter(self, record: Record, reason: str, cause: Record | None = None) -> None:
+        raise AssertionError(reason)
+
+
+class Simulation:
+    """One run: `count` shards, copies to the other end's owner or to all, so many interactions late."""
+
+    def __init__(self, data: GraphData, options: dict[str, Any], count: int, copies: str, delay: int) -> None:
+        self.data, self.count, self.delay = data, count, delay
+        self.numbers = [node_number(node) for node in data.ids]
+        self.router = Shards(Shards.Options(count=count))
+        given = {**options, "count": count, "copies": copies}
+        self.operators = [ShardLinks(ShardLinks.Options.model_validate(given)) for _ in range(count)]
+        self.context = Counter()
+        self.due: list[tuple[int, int, int, Record]] = []
+        self.sent = self.routed = self.busy_ns = 0
+        self.bytes: dict[str, list[int]] = {"Interaction": [], "NodeMemory": []}
+        self.seen = np.zeros(data.nodes, np.int64)
+        self.behind: list[int] = []
+        self.unknown = 0
+
+    def interaction(self, at: int) -> list[Record]:
+        """Number `at` of the recording, for each owner."""
+        data = self.data
+        features = None if data.features is None else data.features[at]
+        value = Interaction(data.ids[data.source[at]], data.ids[data.destination[at]], features)
+        record = Record("g", int(data.time_ns[at]), value, Origin("in", 0, at))
+        routed = self.router.process([record], self.context)
+        self.routed += len(routed)
+        self._weigh(routed[0], at)
+        return routed
+
+    def _weigh(self, record: Record, at: int) -> None:
+        if at % ENCODED_EVERY == 0:
+            self.bytes[type(record.value).__name__].append(len(encode(record.value).body))
+
+    def deliver(self, at: int) -> None:
+        """The copies that come before interaction `at`."""
+        while self.due and self.due[0][0] <= at:
+            record = heapq.heappop(self.due)[3]
+            self._work(record, at)
+
+    def take(self, routed: list[Record], at: int) -> None:
+        """An interaction, at each owner."""
+        for record in routed:
+            self._work(record, at)
+        self.seen[list({self.data.source[at], self.data.destination[at]})] += 1
+
+    def _work(self, record: Record, at: int) -> None:
+        began = time.process_time_ns()
+        out = self.operators[int(record.key.rpartition("/")[2])].process([record], self.context)
+        self.busy_ns += time.process_time_ns() - began
+        for copy in out:
+            if isinstance(copy.value, NodeMemory):
+                self._weigh(copy, at)
+                self.sent += 1
+                heapq.heappush(self.due, (at + 1 + self.delay, self.sent, 0, copy))
+
+    def score(self, routed: list[Record], at: int, negative: int) -> tuple[float, float]:
+        """Of interaction `at` before it is taken in, and of its negative, both as its source's owner sees them."""
+        record, data = routed[0], self.data
+        shard = self.operators[int(record.key.rpartition("/")[2])]._shard(record.key)
+        assert shard is not None
+        ends = [data.source[at], data.destination[at], negative]
+        rows = [self._row(shard, int(end)) for end in ends]
+        true = int(ends[1])
+        if not shard.owns(self.numbers[true]) and shard.how is not None:
+            known = shard.versions[rows[1]] if self.numbers[true] in shard.rows else 0
+            self.behind.append(int(self.seen[true]) - known)
+            self.unknown += known == 0 < self.seen[true]
+        # Two calls, as the operator makes them: how many share a multiplication may change the last bit.
+        positive, other = (float(shard.score(rows[0], [row], record.time_ns)[0]) for row in rows[1:])
+        return positive, other
+
+    def _row(self, shard: ShardState, node: int) -> int:
+        """Of a node, or of one that was never seen, without making it."""
+        row = shard.rows.get(self.numbers[node])
+        if row is not None:
+            return row
+        if shard.how is not None:
+            return NOBODY
+        # A single writer (or a pair memory) has rows for all: the next free one was never seen.
+        assert len(shard.numbers) + 1 < shard.capacity
+        return shard.capacity - 1
+
+
+@torch.no_grad()
+def run(
+    data: GraphData,
+    split: GraphSplit,
+    pairs: Pairs,
+    options: dict[str, Any],
+    count: int,
+    copies: str,
+    delay: int,
+    limit: int | None,
+) -> dict[str, Any]:
+    """What one run comes to, as a row of the table."""
+    simulation = Simulation(data, options, count, copies, delay)
+    rows = np.flatnonzero(split.test)[:limit]
+    scores = np.zeros((len(rows), 2), np.float32)
+    began = time.monotonic()
+    for at in range(int(rows[-1]) + 1):
+        simulation.deliver(at)
+        routed = simulation.interaction(at)
+        if at == rows[0]:
+            simulation.busy_ns = 0
+        if at >= rows[0]:
+            place = at - rows[0]
+            scores[place] = simulation.score(routed, at, int(pairs.destination[place]))
+        simulation.take(routed, at)
+    total = int(rows[-1]) + 1
+    behind = np.array(simulation.behind or [0])
+    sizes = {name: float(np.mean(found)) if found else 0.0 for name, found in simulation.bytes.items()}
+    counts = simulation.context.counts
+    return {
+        "shards": count,
+        "copies": copies if count > 1 else "none",
+        "delay": delay,
+        "ap": 100 * batch_mean(average_precision, scores[:, 0], scores[:, 1], BATCH),
+        "crossing": counts.get("crossing", 0) / total,
+        "behind_mean": float(behind.mean()),
+        "behind_p99": float(np.quantile(behind, 0.99)),
+        "unknown": simulation.unknown / max(1, len(simulation.behind)),
+        "records": (simulation.routed + simulation.sent) / total,
+        "bytes": (simulation.routed * sizes["Interaction"] + simulation.sent * sizes["NodeMemory"]) / total,
+        "per_s": len(rows) / (simulation.busy_ns / 1e9 / count),
+        "stale": counts.get("stale_copies", 0),
+        "took_s": time.monotonic() - began,
+    }
+
+
+def main() -> None:
+    """Prints a row for each run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="nat")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--shards", default="1,2,4,8")
+    parser.add_argument("--delays", default="0,10,200")
+    parser.add_argument("--copies", default="ends")
+    parser.add_argument("--limit", type=int, help="of the test part")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    data = read_graph(given.data)
+    if given.weights is None or not wide(given.weights):
+        data = GraphData(data.name, data.source, data.destination, data.time_ns, None, data.ids, data.reordered)
+    split = GraphSplit.of(data)
+    (pairs,) = [some for some in Pairs.of(data, split) if some.name == "random"]
+    options = {"model": given.model, "weights": given.weights}
+    for count in map(int, given.shards.split(",")):
+        for copies in given.copies.split(",") if count > 1 else ["ends"]:
+            for delay in map(int, given.delays.split(",") if count > 1 else "0"):
+                row = run(data, split, pairs, options, count, copies, delay, given.limit)
+                print(
+                    "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                    flush=True,
+                )
+
+
+def wide(weights: Path) -> int:
+    """How many features the weights are for."""
+    from stepstream.models.weights import read_card
+
+    return int(read_card(weights).config.get("features", 0))
+
+
+if __name__ == "__main__":
+    main()
