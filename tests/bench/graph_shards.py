@@ -5,8 +5,9 @@
 All in one process and one thread: the operators `shards` and `shard-links` themselves, and in the broker's place a
 queue in which a copy is behind the interaction that caused it and the `delay` next ones. Pairs are scored in the test
 part, true link and random negative (DyGLib's), by the source's owner. The state is made from the beginning of the
-recording; with `--warm` (NAT) a single writer makes it up to the validation part, whose nodes are then given to their
-owners, who know nobody else's yet: the validation part is left to them to meet.
+recording. That takes long, so with `--warm N` (NAT) a single writer makes it up to N interactions before the test part,
+and shards go on from there: each with its own nodes, and with ghosts as their owners sent them last, at the very
+interactions at which they would have been sent.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 
 from stepstream.connectors.codecs import encode
 from stepstream.connectors.records import Interaction, NodeMemory, Origin, Record
+from stepstream.models.dyngraph.loading import load_graph_model
+from stepstream.models.dyngraph.rows import Row, carried, read_row, write_row
 from stepstream.operators.shard_links import ShardLinks
 from stepstream.operators.shard_state import NOBODY, ShardState
-from stepstream.operators.shards import Shards, node_number
+from stepstream.operators.shards import Shards, node_number, owner_of
 from stepstream.pipeline.training.graph_data import GraphData, GraphSplit, read_graph
 from stepstream.pipeline.training.graph_metrics import average_precision, batch_mean
 from stepstream.pipeline.training.graph_protocols import BATCH, Pairs
@@ -47,6 +50,42 @@ class Counter:
         raise AssertionError(reason)
 
 
+class History:
+    """A single writer's state before interaction `at`, and what shards would know of each other's nodes there."""
+
+    def __init__(self, data: GraphData, model: Any, at: int, counts: list[int]) -> None:
+        how = carried(model)
+        assert how is not None and not how.references, "of NAT only"
+        ends = [torch.from_numpy(part[:at]) for part in (data.source, data.destination, data.time_ns)]
+        self.plain, self.state = model.initial_state(data.nodes), model.initial_state(data.nodes)
+        self.state["id"] = torch.tensor([node_number(node) for node in data.ids])
+        model.update(self.plain, *ends)
+        wanted: dict[int, list[tuple[int, int, int]]] = {}
+        for count in counts:
+            for event, shard, node in last_meetings(data, at, count):
+                wanted.setdefault(event, []).append((count, shard, node))
+        self.ghosts: dict[tuple[int, int], list[tuple[int, int, Row]]] = {}
+        self.seen, done = np.zeros(data.nodes, np.int64), 0
+        for event in sorted({*wanted, at - 1}):
+            model.update(self.state, *(part[done : event + 1] for part in ends))
+            for i in range(done, event + 1):
+                self.seen[list({data.source[i], data.destination[i]})] += 1
+            done = event + 1
+            rows = {node: read_row(self.state, node, how) for _, _, node in wanted.get(event, [])}
+            for count, shard, node in wanted.get(event, []):
+                self.ghosts.setdefault((count, shard), []).append((node, int(self.seen[node]), rows[node]))
+
+
+def last_meetings(data: GraphData, at: int, count: int) -> list[tuple[int, int, int]]:
+    """(interaction, shard, node): where a node of another shard last met one of this, before `at`."""
+    owners = np.array([owner_of(node_number(node), count) for node in data.ids])
+    last: dict[tuple[int, int], int] = {}
+    for i, (one, other) in enumerate(zip(data.source[:at].tolist(), data.destination[:at].tolist(), strict=True)):
+        if owners[one] != owners[other]:
+            last[int(owners[other]), one] = last[int(owners[one]), other] = i
+    return [(event, shard, node) for (shard, node), event in last.items()]
+
+
 class Simulation:
     """One run: `count` shards, copies to the other end's owner or to all, so many interactions late."""
 
@@ -64,28 +103,29 @@ class Simulation:
         self.behind: list[int] = []
         self.unknown = 0
 
-    def begin_at(self, at: int) -> None:
-        """Interactions before `at` are taken in by a single writer; each shard is given its own nodes."""
-        data, model = self.data, self.operators[0].model
-        state = model.initial_state(data.nodes)
-        if self.count > 1:
-            state["id"] = torch.tensor(self.numbers)
-        ends = [torch.from_numpy(part[:at]) for part in (data.source, data.destination, data.time_ns)]
-        features = None if data.features is None else torch.from_numpy(data.features[:at])
-        model.update(state, *ends, features)
-        np.add.at(self.seen, data.source[:at], 1)
-        loop = data.source[:at] == data.destination[:at]
-        np.add.at(self.seen, data.destination[:at][~loop], 1)
+    def begin_at(self, history: History) -> None:
+        """As if the shards had been there all the time; but that what they know of others was never stale."""
+        self.seen[:] = history.seen
+        data, single = self.data, self.count == 1
+        state = history.plain if single else history.state
+        fresh = "all" in (operator.options.copies for operator in self.operators)
         for number, operator in enumerate(self.operators):
             shard = operator._shard(f"g/{number}")
             assert shard is not None
             # With one shard every node has the row of its number, as in the single writer's state.
-            mine = [n for n in range(data.nodes) if shard.owns(self.numbers[n]) and (self.count == 1 or self.seen[n])]
-            rows = [shard.row(self.numbers[n], data.ids[n]) for n in mine]
+            known = [
+                n for n in range(data.nodes) if single or (self.seen[n] and (fresh or shard.owns(self.numbers[n])))
+            ]
+            rows = [shard.row(self.numbers[n], data.ids[n]) for n in known]
             for name, leaf in state.items():
-                shard.state[name][rows] = leaf[mine]
-            for n, row in zip(mine, rows, strict=True):
+                shard.state[name][rows] = leaf[known]
+            for n, row in zip(known, rows, strict=True):
                 shard.versions[row] = int(self.seen[n])
+            for node, version, values in [] if fresh or single else history.ghosts[self.count, number]:
+                assert shard.how is not None
+                row = shard.row(self.numbers[node], data.ids[node])
+                shard.versions[row] = shard.received[row] = version
+                write_row(shard.state, row, values, shard.how)
 
     def interaction(self, at: int) -> list[Record]:
         """Number `at` of the recording, for each owner."""
@@ -162,16 +202,16 @@ def run(
     copies: str,
     delay: int,
     limit: int | None,
-    warm: bool = False,
+    history: History | None = None,
+    first: int = 0,
 ) -> dict[str, Any]:
     """What one run comes to, as a row of the table."""
     simulation = Simulation(data, options, count, copies, delay)
     rows = np.flatnonzero(split.test)[:limit]
     scores = np.zeros((len(rows), 2), np.float32)
     began = time.monotonic()
-    first = int(np.flatnonzero(split.validation)[0]) if warm else 0
-    if warm:
-        simulation.begin_at(first)
+    if history is not None:
+        simulation.begin_at(history)
     for at in range(first, int(rows[-1]) + 1):
         simulation.deliver(at)
         routed = simulation.interaction(at)
@@ -212,7 +252,7 @@ def main() -> None:
     parser.add_argument("--delays", default="0,10,200")
     parser.add_argument("--copies", default="ends")
     parser.add_argument("--limit", type=int, help="of the test part")
-    parser.add_argument("--warm", action="store_true", help="shards begin with the validation part")
+    parser.add_argument("--warm", type=int, help="interactions before the test part with which shards begin")
     given = parser.parse_args()
     torch.set_num_threads(1)
     data = read_graph(given.data)
@@ -221,10 +261,17 @@ def main() -> None:
     split = GraphSplit.of(data)
     (pairs,) = [some for some in Pairs.of(data, split) if some.name == "random"]
     options = {"model": given.model, "weights": given.weights}
+    history, first = None, 0
+    if given.warm is not None:
+        first = int(np.flatnonzero(split.test)[0]) - given.warm
+        counts = [count for count in map(int, given.shards.split(",")) if count > 1]
+        model = load_graph_model(given.model, given.weights).model
+        with torch.no_grad():
+            history = History(data, model, first, counts)
     for count in map(int, given.shards.split(",")):
         for copies in given.copies.split(",") if count > 1 else ["ends"]:
             for delay in map(int, given.delays.split(",") if count > 1 else "0"):
-                row = run(data, split, pairs, options, count, copies, delay, given.limit, given.warm)
+                row = run(data, split, pairs, options, count, copies, delay, given.limit, history, first)
                 told = (f"{name} {v:.4f}" if isinstance(v, float) else f"{name} {v}" for name, v in row.items())
                 print("  ".join(told), flush=True)
 
