@@ -28,6 +28,7 @@ __all__ = [
     "decode",
     "encode",
     "kind_of",
+    "known_kinds",
     "parse_content_type",
     "register_codec",
     "warm_up",
@@ -150,6 +151,11 @@ def decode(content_type: str, body: bytes, max_bytes: int = DEFAULT_MAX_BYTES) -
         raise
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
         raise InputError(f"{kind}+{form}: {error}") from error
+
+
+def known_kinds() -> list[str]:
+    """The kinds of payloads that have a codec so far, sorted."""
+    return sorted({kind for kind, _, _ in _BY_NAME})
 
 
 def json_kinds() -> Mapping[str, type]:
