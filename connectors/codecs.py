@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_json
+from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_arrow_memory, codec_json
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
-from stepstream.connectors.records import Forecast, Interaction, LinkScores, Reading, Score, SensorFrame
+from stepstream.connectors.records import Forecast, Interaction, LinkScores, NodeMemory, Reading, Score, SensorFrame
 
 __all__ = [
     "DEFAULT_MAX_BYTES",
@@ -28,6 +28,7 @@ __all__ = [
     "decode",
     "encode",
     "kind_of",
+    "known_kinds",
     "parse_content_type",
     "register_codec",
     "warm_up",
@@ -94,8 +95,8 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 
 def encode(value: object, form: Form | None = None) -> Encoded:
-    """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores:
-    arrow) or the one asked for.
+    """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
+    NodeMemory: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -152,6 +153,11 @@ def decode(content_type: str, body: bytes, max_bytes: int = DEFAULT_MAX_BYTES) -
         raise InputError(f"{kind}+{form}: {error}") from error
 
 
+def known_kinds() -> list[str]:
+    """The kinds of payloads that have a codec so far, sorted."""
+    return sorted({kind for kind, _, _ in _BY_NAME})
+
+
 def json_kinds() -> Mapping[str, type]:
     """The payload types that have a JSON form of their own, by kind."""
     return {kind_of(payload): payload for payload in codec_json.JSON_FIELDS}
@@ -166,3 +172,4 @@ register_codec(Forecast, "json", _json_encoder(Forecast), _json_decoder(Forecast
 register_codec(Interaction, "arrow", codec_arrow_graph.encode_interaction, codec_arrow_graph.decode_interaction)
 register_codec(LinkScores, "arrow", codec_arrow_graph.encode_link_scores, codec_arrow_graph.decode_link_scores)
 register_codec(LinkScores, "json", _json_encoder(LinkScores), _json_decoder(LinkScores))
+register_codec(NodeMemory, "arrow", codec_arrow_memory.encode_node_memory, codec_arrow_memory.decode_node_memory)

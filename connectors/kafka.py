@@ -9,11 +9,11 @@ from typing import Any, Literal
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import MessageSizeTooLargeError, OffsetOutOfRangeError
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stepstream.connectors import base, kafka_client
 from stepstream.connectors.base import DeadLetter, InputError, Partition, Undecodable
-from stepstream.connectors.codecs import kind_of
+from stepstream.connectors.codecs import kind_of, known_kinds
 from stepstream.connectors.kafka_chunks import SPAN, Assembler, split
 from stepstream.connectors.kafka_client import Compression, Connection, Producer, reaching
 from stepstream.connectors.kafka_messages import (
@@ -191,6 +191,14 @@ class KafkaSink(base.Sink):
         compress: bool = False
         chunk_bytes: int = Field(900_000, ge=1, le=1 << 30)
         timestamps: Literal["publish", "event"] = "publish"
+
+        @field_validator("topics")
+        @classmethod
+        def _kinds(cls, topics: dict[str, str]) -> dict[str, str]:
+            """A kind that is misspelt would quietly go to `topic`. Operators, and their codecs, are there before."""
+            if unknown := sorted(topics.keys() - set(known_kinds())):
+                raise ValueError(f"{unknown[0]!r} is no kind of record; known: {', '.join(known_kinds())}")
+            return topics
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -6,6 +6,7 @@ shape and unit their docstring states.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ __all__ = [
     "Interaction",
     "LinkScores",
     "NodeId",
+    "NodeMemory",
     "Origin",
     "Payload",
     "Reading",
@@ -149,6 +151,25 @@ class LinkScores:
     weights: str
 
 
+@dataclass(frozen=True, slots=True)
+class NodeMemory:
+    """A copy of what the owner of a node remembers of it: what its shard tells another one.
+
+    `owner`: the shard that the node belongs to. `version`: how many interactions of the node the owner had taken in, 1
+    or more. `destination`: whether any of them had the node for its destination. `leaves`: the node's part of the
+    model's state by name, int64 or float32 of any shape; where it refers to other nodes, it has their numbers
+    (`stepstream.operators.shards.node_number`), -1 for none. `model`, `weights`: as in `LinkScores`.
+    """
+
+    node: NodeId
+    owner: int
+    version: int
+    destination: bool
+    model: str
+    weights: str
+    leaves: Mapping[str, npt.NDArray[Any]]
+
+
 Payload: TypeAlias = Any
 """`Reading`, `SensorFrame`, `Interaction`, `Forecast`, `LinkScores`, `Score`, or any other frozen dataclass: operators
 name those they consume."""
@@ -171,10 +192,10 @@ class Record:
     origin: Origin
     path: tuple[int, ...] = field(default=())
 
-    def derive(self, index: int, value: Payload, time_ns: int | None = None) -> Record:
-        """The `index`-th record this one caused; same key, and same event time unless one is given."""
+    def derive(self, index: int, value: Payload, time_ns: int | None = None, key: str | None = None) -> Record:
+        """The `index`-th record this one caused; same event time and key unless others are given."""
         return Record(
-            self.key,
+            self.key if key is None else key,
             self.time_ns if time_ns is None else time_ns,
             value,
             self.origin,

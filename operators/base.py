@@ -72,6 +72,10 @@ class Operator(ABC):
     horizons: int | None = None
     """How many horizons the forecasts have that it makes; None if it makes none, or does not know before."""
 
+    rekeys: bool = False
+    """Whether what it emits may have other keys than its cause. Nothing behind it may consume that: the state of such a
+    key is where the key's partition is, and that is decided when it is published."""
+
     reach: int | None = None
     """How many of a key's last consumed records decide all that it does with the next one; 0: none, it keeps no state;
     None: all of them. A process that takes over a key needs no snapshot then, it reads so many of them again."""

@@ -39,6 +39,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "score": "stepstream.operators.score:Scorer",
         "interactions": "stepstream.operators.interactions:Interactions",
         "links": "stepstream.operators.links:Links",
+        "shards": "stepstream.operators.shards:Shards",
+        "shard-links": "stepstream.operators.shard_links:ShardLinks",
         "null": "stepstream.operators.null:Null",
     },
     "engine": {

@@ -338,7 +338,7 @@ class Task:
         places: list[_Place] = []
         for record in outputs:
             place, path = order.place(record.origin), record.path
-            if place is None or not path or record.key not in self._last:
+            if place is None or not path or not (stage.operator.rekeys or record.key in self._last):
                 self._fail(stage, f"returned a record that is not derived from what it was given: {_name(record)}")
             cause = path[:-1]
             if causes is None and (cause or given[0].path):

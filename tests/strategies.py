@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from stepstream.connectors.records import (
     Forecast,
     Interaction,
     LinkScores,
+    NodeMemory,
     Origin,
     Reading,
     Record,
@@ -105,6 +107,25 @@ def link_scores(draw: st.DrawFn, finite_only: bool = False) -> LinkScores:
     return LinkScores(draw(node_ids), nodes, values, freshness, draw(texts), draw(texts))
 
 
+leaf_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+leaf_arrays = leaf_shapes.flatmap(
+    lambda shape: (
+        float32s(shape, finite_only=True)
+        | st.lists(st.integers(-(2**63), 2**63 - 1), min_size=math.prod(shape), max_size=math.prod(shape)).map(
+            lambda values: np.array(values, np.int64).reshape(shape)
+        )
+    )
+)
+node_memories = st.builds(
+    NodeMemory,
+    node_ids,
+    st.integers(0, 4095),
+    st.integers(1, 2**63 - 1),
+    st.booleans(),
+    texts,
+    texts,
+    st.dictionaries(names, leaf_arrays, min_size=1, max_size=4),
+)
 payloads = readings | frames() | forecasts() | scores | interactions | link_scores()
 json_payloads = (
     readings
@@ -129,6 +150,8 @@ def same(a: Any, b: Any) -> bool:
         return False
     if dataclasses.is_dataclass(a):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[name], b[name]) for name in a)
     if isinstance(a, np.ndarray):
         return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
     return bool(a == b or (a != a and b != b))
