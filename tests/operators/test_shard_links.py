@@ -246,7 +246,7 @@ def test_ghosts_are_bounded_and_a_forgotten_one_was_never_seen(weights: dict[str
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"weights": "0" * 64}, "not of the ones that run here"),
     ({"owner": 0}, "owner: 0 for a node of shard 1 of 2"),
-    ({"leaves": {"own": np.zeros(7, np.float32)}}, "edge1: nothing, and the model expects float32 [5, 3]"),
+    ({"leaves": {"own": np.zeros(7, np.float32)}}, "at1: nothing, and the model expects int64 [5]"),
 ]
 
 
