@@ -59,7 +59,7 @@ def told(records: Sequence[Record]) -> list[tuple[Any, ...]]:
 def assert_alike(found: Sequence[Record], wanted: Sequence[Record]) -> None:
     assert told(found) == told(wanted)
     for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(one.value.scores, other.value.scores, rtol=1e-4, atol=1e-5)
+        assert np.array_equal(one.value.scores, other.value.scores)
 
 
 def test_per_event_sees_all_before_and_never_itself() -> None:
