@@ -36,7 +36,9 @@ _BLOCK = 8 * 2**20  # no row may be longer
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the columns are, by index. `names`: what the file calls each column."""
+    """What the columns are, by index. `names`: what the file calls each column, or what they are. `header`: how many
+    rows are in front of the first interaction.
+    """
 
     names: tuple[str, ...]
     source: int
@@ -49,6 +51,7 @@ class Layout:
     separate_ids: bool = False
     unit: TimeUnit | None = None
     notes: tuple[str, ...] = ()
+    header: int = 1
 
     def types(self) -> dict[int, pa.DataType]:
         """The columns that are read, and as what."""
@@ -105,8 +108,8 @@ class _Rows:
         self.events: list[str] = []
 
     def where(self, at: int) -> str:
-        """Rows are counted as lines, the header is row 1."""
-        return f"{self.path}: row {at + 2}"
+        """Rows are counted as lines, the first is row 1."""
+        return f"{self.path}: row {at + 1 + self.layout.header}"
 
     def add(self, batch: pa.RecordBatch) -> None:
         layout = self.layout
@@ -156,7 +159,10 @@ def _batches(path: Path, layout: Layout) -> Any:
     return arrow_csv.open_csv(
         path,
         read_options=arrow_csv.ReadOptions(
-            column_names=[str(at) for at in range(len(layout.names))], skip_rows=1, block_size=_BLOCK, use_threads=False
+            column_names=[str(at) for at in range(len(layout.names))],
+            skip_rows=layout.header,
+            block_size=_BLOCK,
+            use_threads=False,
         ),
         parse_options=arrow_csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=False),
         convert_options=arrow_csv.ConvertOptions(
@@ -171,7 +177,8 @@ def _name_the_row(path: Path, layout: Layout) -> None:
     with path.open(newline="", encoding="utf-8-sig", errors="strict") as text:
         reader = csv.reader(text, delimiter=layout.delimiter)
         try:
-            next(reader)
+            for _ in range(layout.header):
+                next(reader)
             for cells in reader:
                 where = f"{path}: row {reader.line_num}"
                 if cells and len(cells) != len(layout.names):
@@ -214,7 +221,8 @@ def read_rows(
         _name_the_row(path, layout)
         raise InputError(f"{path}: {error}") from None
     if not rows.count:
-        raise InputError(f"{path}: expected rows below the header, there are none: an empty recording")
+        where = " below the header" if layout.header else ""
+        raise InputError(f"{path}: expected rows{where}, there are none: an empty recording")
     return build_interactions(
         path,
         format=format,

@@ -29,6 +29,7 @@ READERS: dict[str, str] = {
     "traffic-npz": "stepstream.connectors.traffic_npz:TrafficNpz",
     "traffic-csv": "stepstream.connectors.traffic_csv:TrafficCsv",
     "traffic-h5": "stepstream.connectors.traffic_h5:TrafficH5",
+    "interactions-snap": "stepstream.connectors.interactions_snap:InteractionsSnap",
 }
 """Format -> where its reader is. They are asked in this order, particular ones first; a new format adds one line."""
 
