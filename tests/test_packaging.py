@@ -43,6 +43,7 @@ def test_the_wheel_owns_only_stepstream(wheel: Path) -> None:
         "stepstream/pipeline/engines/local.py",
         "stepstream/weights/sttn-metr-la/model.safetensors",
         "stepstream/weights/weekly-average-metr-la/card.json",
+        "stepstream/weights/nat-wikipedia/model.safetensors",
     ):
         assert needed in names
     modules = [p for part in PARTS for p in (ROOT / part).rglob("*.py")]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepstream.models.dyngraph import nat_caches, nat_kernels
 from stepstream.models.dyngraph.base import GraphState
+from stepstream.models.dyngraph.loading import load_graph_model
 from stepstream.models.dyngraph.nat import NAT, NATConfig, link_loss
 
 NODES = 30
@@ -294,3 +295,19 @@ def test_what_a_node_costs(config: NATConfig) -> None:
     held = sum(leaf.numel() * leaf.element_size() for leaf in state.values())
     assert held == 1000 * nat.bytes_per_node
     assert nat.bytes_per_node * 10**6 < 8 * 2**30
+
+
+@pytest.mark.parametrize("weights", ["nat-wikipedia", "nat-uci"])
+def test_shipped_weights_know_that_people_come_back(weights: str) -> None:
+    """Users of one page each, on a made stream: their own page is the likeliest of all."""
+    nat = load_graph_model("nat", weights).model
+    users, pages = 20, 10
+    state = nat.initial_state(users + pages)
+    source = torch.arange(400) % users
+    destination = users + source % (pages - 1)
+    time_ns = START_NS + torch.arange(400) * 60 * 10**9
+    with torch.no_grad():
+        nat.update(state, source, destination, time_ns)
+        asked = torch.arange(users), torch.arange(users, users + pages).expand(users, -1)
+        scores = nat.score(state, *asked, time_ns[-1:].expand(users) + 10**9)
+    assert scores.argmax(1).tolist() == [user % (pages - 1) for user in range(users)]
