@@ -29,6 +29,12 @@ READERS: dict[str, str] = {
     "traffic-npz": "stepstream.connectors.traffic_npz:TrafficNpz",
     "traffic-csv": "stepstream.connectors.traffic_csv:TrafficCsv",
     "traffic-h5": "stepstream.connectors.traffic_h5:TrafficH5",
+    "pcd": "stepstream.connectors.sweeps_pcd:SweepsPcd",
+    "range-npz": "stepstream.connectors.sweeps_range:SweepsRange",
+    "ouster-npz": "stepstream.connectors.sweeps_ouster_npz:SweepsOusterNpz",
+    "av2-feather": "stepstream.connectors.sweeps_av2:SweepsAv2",
+    "nuscenes-bin": "stepstream.connectors.sweeps_nuscenes:SweepsNuscenes",
+    "kitti-bin": "stepstream.connectors.sweeps_kitti:SweepsKitti",
 }
 """Format -> where its reader is. They are asked in this order, particular ones first; a new format adds one line."""
 
