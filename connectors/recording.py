@@ -33,6 +33,8 @@ READERS: dict[str, str] = {
     "range-npz": "stepstream.connectors.sweeps_range:SweepsRange",
     "ouster-npz": "stepstream.connectors.sweeps_ouster_npz:SweepsOusterNpz",
     "av2-feather": "stepstream.connectors.sweeps_av2:SweepsAv2",
+    "ros2-bag": "stepstream.connectors.sweeps_ros:SweepsRos2",
+    "mcap": "stepstream.connectors.sweeps_ros:SweepsMcap",
     "nuscenes-bin": "stepstream.connectors.sweeps_nuscenes:SweepsNuscenes",
     "kitti-bin": "stepstream.connectors.sweeps_kitti:SweepsKitti",
 }

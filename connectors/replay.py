@@ -42,7 +42,7 @@ _EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",), "lidar"
 _ONLY = {
     "traffic": ("sensors", "graph", "zero_is_missing", "feature", "recording_start", "step_s"),
     "graph": ("order", "time_unit", "separate_ids"),
-    "lidar": ("rate_hz", "poses", "frame"),
+    "lidar": ("rate_hz", "poses", "frame", "topic"),
 }
 
 
@@ -91,7 +91,8 @@ class Replay(base.Source):
         `speed`: "max", or a number (1: real time). `key`: default the recording's name. `start` (included) and `end`
         (excluded): ISO 8601. `format`: instead of finding it from the content. Traffic: `sensors`: only these, in this
         order; `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions. A graph: `order`;
-        `time_unit`, `separate_ids`: see InteractionOptions. LiDAR: `rate_hz`, `poses`, `frame`: see SweepOptions.
+        `time_unit`, `separate_ids`: see InteractionOptions. LiDAR: `rate_hz`, `poses`, `frame`, `topic`: see
+        SweepOptions.
         """
 
         path: Path | None = None
@@ -114,6 +115,7 @@ class Replay(base.Source):
         rate_hz: float = Field(default=10.0, gt=0, le=10_000)
         poses: Path | None = None
         frame: str | None = None
+        topic: str | None = None
 
         @field_validator("speed")
         @classmethod
@@ -170,7 +172,7 @@ class Replay(base.Source):
         if modality == "graph":
             given |= {"time_unit": options.time_unit, "separate_ids": options.separate_ids}
         elif modality == "lidar":
-            given |= {"rate_hz": options.rate_hz, "poses": options.poses, "frame": options.frame}
+            given |= {name: getattr(options, name) for name in _ONLY["lidar"]}
         else:
             given |= traffic
         return open_recording(options.path, options.format, given)

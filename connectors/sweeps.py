@@ -46,12 +46,14 @@ class SweepOptions(base.Options):
 
     `rate_hz`: sweeps a second, where the recording has no times: the first is then at 0 (or its number / rate_hz).
     `poses`: a text file with 12 numbers a row, the upper three rows of each sweep's pose as KITTI writes them, but of
-    the LiDAR, not of a camera. `frame`: the frame of reference instead of the format's. `name`: of the recording.
+    the LiDAR, not of a camera. `frame`: the frame of reference instead of the format's. `topic`: of a bag that has
+    several. `name`: of the recording.
     """
 
     rate_hz: float = Field(default=10.0, gt=0, le=10_000)
     poses: Path | None = None
     frame: str | None = None
+    topic: str | None = None
     name: str | None = None
 
 
