@@ -35,6 +35,7 @@ READERS: dict[str, str] = {
     "av2-feather": "stepstream.connectors.sweeps_av2:SweepsAv2",
     "ros2-bag": "stepstream.connectors.sweeps_ros:SweepsRos2",
     "mcap": "stepstream.connectors.sweeps_ros:SweepsMcap",
+    "ouster": "stepstream.connectors.sweeps_ouster:SweepsOuster",
     "nuscenes-bin": "stepstream.connectors.sweeps_nuscenes:SweepsNuscenes",
     "kitti-bin": "stepstream.connectors.sweeps_kitti:SweepsKitti",
 }

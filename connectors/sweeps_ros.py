@@ -72,10 +72,9 @@ def _mcap_messages(path: Path, topic: str | None, start: int | None = None) -> I
     """(Topic, log time, message) of each point cloud, in the order of the log; only those at `start` if it is given."""
     from mcap.reader import SeekingReader
 
-    end = None if start is None else start + 1
     with path.open("rb") as stream:
         reader = SeekingReader(stream, record_size_limit=_MAX_MESSAGE)
-        for schema, channel, message in reader.iter_messages(topics=topic, start_time=start, end_time=end):
+        for schema, channel, message in reader.iter_messages(topics=topic, starting_at=start, ending_at=start):
             if schema is not None and schema.name == TYPE and channel.message_encoding == "cdr":
                 yield channel.topic, message.log_time, message.data
 
