@@ -40,6 +40,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "interactions": "stepstream.operators.interactions:Interactions",
         "links": "stepstream.operators.links:Links",
         "null": "stepstream.operators.null:Null",
+        "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {
         "local": "stepstream.pipeline.engines.local:LocalEngine",

@@ -62,7 +62,5 @@ def test_a_truncated_osf_is_refused(tmp_path: Path) -> None:
     read("osf_fw_3.2_10scans.osf")
     path = tmp_path / "cut.osf"
     path.write_bytes((FOLDER / "osf_fw_3.2_10scans.osf").read_bytes()[:100_000])
-    with pytest.raises(
-        InputError, match=r"cut\.osf: (cannot be read as an Ouster recording|expected at least one whole scan)"
-    ):
+    with pytest.raises(InputError, match=r"cut\.osf: (cannot be read|expected at least one whole scan)"):
         SweepsOuster.read(path)
