@@ -147,4 +147,5 @@ class Voxelize(Operator):
         return Grid(cells, self._low, self._size, int(inside), sweep.frame, sweep.pose), int(returns)
 
     def describe(self) -> dict[str, Any]:
-        return {"map": self.options.map, "shape": list(self._shape), "cell": list(self._size), "low": list(self._low)}
+        size, low = ([round(metres, 6) for metres in triple] for triple in (self._size, self._low))
+        return {"map": self.options.map, "shape": list(self._shape), "cell": size, "low": low}

@@ -201,12 +201,11 @@ def test_columns_that_are_missing_or_unknown_are_refused() -> None:
 def test_a_damaged_body_is_refused_or_a_sweep(at: int, byte: int) -> None:
     body = bytearray(encode(WHOLE).body)
     body[at % len(body)] = byte
-    found: Sweep | None = None
-    with contextlib.suppress(InputError):
-        found = decode("application/vnd.stepstream.sweep+arrow; v=1", bytes(body))
-    assert found is None or sweep_fault(found) is None
-    with pytest.raises(InputError):
-        decode("application/vnd.stepstream.sweep+arrow; v=1", bytes(body[: at % len(body)]))
+    for damaged in (bytes(body), encode(WHOLE).body[: at % len(body)]):
+        found: Sweep | None = None
+        with contextlib.suppress(InputError):
+            found = decode("application/vnd.stepstream.sweep+arrow; v=1", damaged)
+        assert found is None or sweep_fault(found) is None
 
 
 def test_a_sweep_is_a_line_of_json() -> None:
