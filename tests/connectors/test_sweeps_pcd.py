@@ -181,3 +181,18 @@ def test_values_that_cannot_be_are_refused(name: str, values: list[float]) -> No
     column = np.array(values, np.int64 if name == "ring" else np.float64)
     with pytest.raises(InputError, match=f"{name}: expected"):
         sweep_of_fields(XYZ | {name: column}, "f")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ascii", "compressed"), [(True, False), (False, False), (False, True)])
+def test_what_open3d_writes_is_read(tmp_path: Path, ascii: bool, compressed: bool) -> None:
+    geometry = pytest.importorskip("open3d", reason="open3d is not installed")
+    points = cloud(3000)[:, :3].round(1).astype(np.float32)  # coarse, so that there is something to compress
+    made = geometry.t.geometry.PointCloud(geometry.core.Tensor(points))
+    made.point["intensity"] = geometry.core.Tensor(np.arange(3000, dtype=np.float32)[:, None] % 100)
+    path = tmp_path / "a.pcd"
+    assert geometry.t.io.write_point_cloud(str(path), made, write_ascii=ascii, compressed=compressed)
+    assert f"DATA {'ascii' if ascii else 'binary_compressed' if compressed else 'binary'}".encode() in path.read_bytes()
+    sweep = open_recording(path).load(0)
+    np.testing.assert_allclose(sweep.points, points, atol=1e-5 if ascii else 0)
+    assert sweep.intensity.tolist() == [i % 100 for i in range(3000)]
