@@ -197,7 +197,10 @@ def build_sweeps(
         raise InputError(fault)
 
     def checked(index: int) -> Sweep:
-        sweep = load(index)
+        try:
+            sweep = load(index)
+        except OSError as error:
+            raise InputError(f"{path}: sweep {index}: {error.strerror or error}") from None
         if poses is not None:
             sweep = replace(sweep, pose=poses[index])
         if frame is not None:

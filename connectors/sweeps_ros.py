@@ -8,6 +8,7 @@ with the package `mcap` (`pip install stepstream[ros]`). Event times are those o
 from __future__ import annotations
 
 import sqlite3
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from importlib.util import find_spec
@@ -188,9 +189,11 @@ class SweepsMcap:
         files = files_in(path, (".mcap",)) if path.is_dir() else [path]
         _need_mcap(path)
         from mcap.exceptions import McapError
+        from zstandard import ZstdError
 
         found: dict[str, list[tuple[Path, int, bytes, int]]] = {}
-        damaged = (McapError, ValueError, EOFError, OSError)
+        # What the package lets through of struct, zstandard and lz4.
+        damaged = (McapError, ZstdError, struct.error, ValueError, LookupError, EOFError, OSError, RuntimeError)
         try:
             for file in files:
                 same: dict[tuple[str, int], int] = {}
@@ -206,7 +209,7 @@ class SweepsMcap:
             file, time, _, nth = rows[index]
             try:
                 return file, [body for _, _, body in _mcap_messages(file, topic, time)][nth]
-            except (*damaged, IndexError) as error:
+            except damaged as error:
                 raise InputError(f"{file}: message {index}: cannot be read ({error!r:.120})") from None
 
         return _recording(path, SweepsMcap.name, options, [row[2] for row in rows], message, notes)
