@@ -12,6 +12,7 @@ from stepstream.connectors.records import (
     Record,
     Score,
     SensorFrame,
+    Sweep,
 )
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "SensorFrame",
     "Sink",
     "Source",
+    "Sweep",
     "Undecodable",
 ]

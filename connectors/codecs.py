@@ -16,10 +16,19 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_arrow_memory, codec_json
+from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_arrow_memory, codec_json, codec_sweep
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
-from stepstream.connectors.records import Forecast, Interaction, LinkScores, NodeMemory, Reading, Score, SensorFrame
+from stepstream.connectors.records import (
+    Forecast,
+    Interaction,
+    LinkScores,
+    NodeMemory,
+    Reading,
+    Score,
+    SensorFrame,
+    Sweep,
+)
 
 __all__ = [
     "DEFAULT_MAX_BYTES",
@@ -96,7 +105,7 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 def encode(value: object, form: Form | None = None) -> Encoded:
     """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
-    NodeMemory: arrow) or the one asked for.
+    NodeMemory, Sweep: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -133,7 +142,8 @@ def decode(content_type: str, body: bytes, max_bytes: int = DEFAULT_MAX_BYTES) -
     """The payload of `body`. Arrays in it are read-only and may share memory with `body`.
 
     Raises InputError, with the reason, for a body above `max_bytes`, an unknown kind, form or version, and a body that
-    does not hold what its content type says. Nothing is allocated that is not proportional to the body's length.
+    does not hold what its content type says. Nothing is allocated that is not proportional to the body's length, but
+    for a sweep, which is compressed and bounded by `sweep_checks.MAX_POINTS`.
     """
     if len(body) > max_bytes:
         raise InputError(f"body: {len(body)} bytes, at most {max_bytes} are taken")
@@ -173,3 +183,5 @@ register_codec(Interaction, "arrow", codec_arrow_graph.encode_interaction, codec
 register_codec(LinkScores, "arrow", codec_arrow_graph.encode_link_scores, codec_arrow_graph.decode_link_scores)
 register_codec(LinkScores, "json", _json_encoder(LinkScores), _json_decoder(LinkScores))
 register_codec(NodeMemory, "arrow", codec_arrow_memory.encode_node_memory, codec_arrow_memory.decode_node_memory)
+register_codec(Sweep, "arrow", codec_sweep.encode_sweep, codec_sweep.decode_sweep)
+register_codec(Sweep, "json", _json_encoder(Sweep), _json_decoder(Sweep))

@@ -30,6 +30,7 @@ _FILE_OF_KIND = {
     "reading": "readings.jsonl",
     "sensor_frame": "sensor_frames.jsonl",
     "interaction": "interactions.jsonl",
+    "sweep": "sweeps.jsonl",
 }
 _DEAD_LETTERS = "dead_letters.jsonl"
 _PARQUET = "forecasts.parquet"

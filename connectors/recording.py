@@ -29,6 +29,15 @@ READERS: dict[str, str] = {
     "traffic-npz": "stepstream.connectors.traffic_npz:TrafficNpz",
     "traffic-csv": "stepstream.connectors.traffic_csv:TrafficCsv",
     "traffic-h5": "stepstream.connectors.traffic_h5:TrafficH5",
+    "pcd": "stepstream.connectors.sweeps_pcd:SweepsPcd",
+    "range-npz": "stepstream.connectors.sweeps_range:SweepsRange",
+    "ouster-npz": "stepstream.connectors.sweeps_ouster_npz:SweepsOusterNpz",
+    "av2-feather": "stepstream.connectors.sweeps_av2:SweepsAv2",
+    "ros2-bag": "stepstream.connectors.sweeps_ros:SweepsRos2",
+    "mcap": "stepstream.connectors.sweeps_ros:SweepsMcap",
+    "ouster": "stepstream.connectors.sweeps_ouster:SweepsOuster",
+    "nuscenes-bin": "stepstream.connectors.sweeps_nuscenes:SweepsNuscenes",
+    "kitti-bin": "stepstream.connectors.sweeps_kitti:SweepsKitti",
     "interactions-snap": "stepstream.connectors.interactions_snap:InteractionsSnap",
 }
 """Format -> where its reader is. They are asked in this order, particular ones first; a new format adds one line."""

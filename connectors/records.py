@@ -25,6 +25,7 @@ __all__ = [
     "Record",
     "Score",
     "SensorFrame",
+    "Sweep",
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
@@ -170,9 +171,27 @@ class NodeMemory:
     leaves: Mapping[str, npt.NDArray[Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One turn of a LiDAR, N points; the record's event time is when it began, its key the vehicle or the sensor.
+
+    `points`: float32 [N, 3], x, y, z in metres in the frame of reference `frame`, in the order they were given; NaN: no
+    return. `intensity`: float32 [N] in the sensor's unit, or None. `offsets_ns`: int32 or int64 [N], nanoseconds from
+    the event time to each point, or None. `ring`: uint16 [N], which laser, or None. `pose`: float64 [4, 4], takes
+    homogeneous coordinates in `frame` to the world, or None. The bounds are in `sweep_checks`.
+    """
+
+    points: FloatArray
+    intensity: FloatArray | None = None
+    offsets_ns: npt.NDArray[np.int32] | npt.NDArray[np.int64] | None = None
+    ring: npt.NDArray[np.uint16] | None = None
+    pose: npt.NDArray[np.float64] | None = None
+    frame: str = "lidar"
+
+
 Payload: TypeAlias = Any
-"""`Reading`, `SensorFrame`, `Interaction`, `Forecast`, `LinkScores`, `Score`, or any other frozen dataclass: operators
-name those they consume."""
+"""`Reading`, `SensorFrame`, `Sweep`, `Interaction`, `Forecast`, `LinkScores`, `NodeMemory`, `Score`, or any other frozen dataclass:
+operators name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,11 @@ from stepstream.connectors import base
 from stepstream.connectors.base import InputError, Partition
 from stepstream.connectors.interactions import InteractionRecording
 from stepstream.connectors.recording import find_reader, open_recording
-from stepstream.connectors.records import Interaction, Reading, Record, SensorFrame
+from stepstream.connectors.records import Interaction, Reading, Record, SensorFrame, Sweep
 from stepstream.connectors.replay_interactions import InteractionSelection
+from stepstream.connectors.replay_sweeps import SweepSelection
 from stepstream.connectors.replay_traffic import TrafficSelection
+from stepstream.connectors.sweeps import SweepRecording
 from stepstream.connectors.times import parse_time
 from stepstream.connectors.traffic import TrafficRecording
 
@@ -27,14 +29,20 @@ DATASETS: dict[str, tuple[str, str]] = {"metr-la-week": ("stepstream.data", "met
 
 DEFAULT_DATASET = "metr-la-week"
 
-_EMITTED: dict[str, type] = {"readings": Reading, "frames": SensorFrame, "interactions": Interaction}
-_EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",)}
+_EMITTED: dict[str, type] = {
+    "readings": Reading,
+    "frames": SensorFrame,
+    "interactions": Interaction,
+    "sweeps": Sweep,
+}
+_EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",), "lidar": ("sweeps",)}
 """Modality -> what its recordings can be emitted as, the default first."""
 
 # Options that mean something for one modality only.
 _ONLY = {
     "traffic": ("sensors", "graph", "zero_is_missing", "feature", "recording_start", "step_s"),
     "graph": ("order", "time_unit", "separate_ids"),
+    "lidar": ("rate_hz", "poses", "frame", "topic"),
 }
 
 
@@ -68,7 +76,8 @@ class Replay(base.Source):
     Traffic: `emit: readings` (the default) gives one `Reading` for each value that is there, sensors in the recording's
     order, nothing for a missing one; `emit: frames` one `SensorFrame` for each frame, observed or not. A graph: one
     `Interaction` for each row, in the order of the file, which need not be that of time (the operator `interactions`
-    is there for that), or with `order: time` by time, those of one time in the order of the file.
+    is there for that), or with `order: time` by time, those of one time in the order of the file. LiDAR: one `Sweep`
+    for each sweep in the order of the recording; one that cannot be read is `Undecodable`.
     The offsets are those of this selection (start, end, sensors, emit, order): they mean something else after one of
     these options changed.
     At a number as speed, a record is due when as much wall time (times speed) has passed since the first poll as event
@@ -82,13 +91,14 @@ class Replay(base.Source):
         `speed`: "max", or a number (1: real time). `key`: default the recording's name. `start` (included) and `end`
         (excluded): ISO 8601. `format`: instead of finding it from the content. Traffic: `sensors`: only these, in this
         order; `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions. A graph: `order`;
-        `time_unit`, `separate_ids`: see InteractionOptions.
+        `time_unit`, `separate_ids`: see InteractionOptions. LiDAR: `rate_hz`, `poses`, `frame`, `topic`: see
+        SweepOptions.
         """
 
         path: Path | None = None
         dataset: str | None = None
         speed: Literal["max"] | float = "max"
-        emit: Literal["readings", "frames", "interactions"] | None = None
+        emit: Literal["readings", "frames", "interactions", "sweeps"] | None = None
         key: str | None = None
         start: str | None = None
         end: str | None = None
@@ -102,6 +112,10 @@ class Replay(base.Source):
         order: Literal["file", "time"] = "file"
         time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
         separate_ids: bool | None = None
+        rate_hz: float = Field(default=10.0, gt=0, le=10_000)
+        poses: Path | None = None
+        frame: str | None = None
+        topic: str | None = None
 
         @field_validator("speed")
         @classmethod
@@ -127,7 +141,7 @@ class Replay(base.Source):
             try:
                 modality = find_reader(options.path, options.format).modality
             except InputError:
-                return (Reading, Interaction)
+                return (Reading, Interaction, Sweep)
         return (_EMITTED[_EMITS.get(modality, _EMITS["traffic"])[0]],)
 
     def __init__(self, options: Options) -> None:
@@ -154,8 +168,13 @@ class Replay(base.Source):
             return open_dataset(options.dataset or DEFAULT_DATASET, traffic)
         modality = find_reader(options.path, options.format).modality
         self._check_modality(modality)
-        graph = {"time_unit": options.time_unit, "separate_ids": options.separate_ids}
-        given = {"name": options.dataset, **(graph if modality == "graph" else traffic)}
+        given: dict[str, Any] = {"name": options.dataset}
+        if modality == "graph":
+            given |= {"time_unit": options.time_unit, "separate_ids": options.separate_ids}
+        elif modality == "lidar":
+            given |= {name: getattr(options, name) for name in _ONLY["lidar"]}
+        else:
+            given |= traffic
         return open_recording(options.path, options.format, given)
 
     def _check_modality(self, modality: str) -> None:
@@ -176,11 +195,14 @@ class Replay(base.Source):
         options = self.options
         if isinstance(recording, InteractionRecording):
             return InteractionSelection(recording, options.key, options.order, options.start, options.end)
+        if isinstance(recording, SweepRecording):
+            return SweepSelection(recording, options.key, options.start, options.end)
         if isinstance(recording, TrafficRecording):
             emit = options.emit or _EMITS["traffic"][0]
             return TrafficSelection(recording, options.key, emit, options.start, options.end, options.sensors)
         kind = type(recording).__name__
-        raise InputError(f"path: {options.path}: its reader gives {kind}, no TrafficRecording or InteractionRecording")
+        known = "TrafficRecording, InteractionRecording or SweepRecording"
+        raise InputError(f"path: {options.path}: its reader gives {kind}, no {known}")
 
     @property
     def topic(self) -> str:
@@ -212,6 +234,7 @@ class Replay(base.Source):
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         records: list[Record] = []
+        max_records = min(max_records, getattr(self._selection, "most", max_records))
         deadline = time.monotonic() + max(0.0, timeout_s)
         while len(records) < max_records and self._next < self._total:
             room, paced = max_records - len(records), self.options.speed != "max"

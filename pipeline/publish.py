@@ -12,16 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeAlias
 
-from stepstream.connectors.base import InputError
+from stepstream.connectors.base import InputError, Undecodable
 from stepstream.connectors.output import OutputError, writing
 from stepstream.connectors.record_json import interaction_to_json, reading_to_json, record_to_json
-from stepstream.connectors.records import Interaction, Reading, Record
+from stepstream.connectors.records import Interaction, Reading, Record, Sweep
 from stepstream.connectors.replay import Replay
 
 __all__ = ["publish"]
 
 _BATCH = 5000
-_TAIL = 1 << 20  # longer than any line of a reading or an interaction
+_TAIL = 32 << 20  # longer than any line of a reading, an interaction or a sweep
+_FILES: dict[type, str] = {Interaction: "interactions.jsonl", Sweep: "sweeps.jsonl"}
 
 
 def publish(
@@ -35,27 +36,31 @@ def publish(
     on_progress: Callable[[int, int | None], None] | None = None,
     graph: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Replays a recording to a folder (its `readings.jsonl` or `interactions.jsonl`, replaced if there), to stdout for
-    "-", or to kafka:TOPIC.
+    """Replays a recording to a folder (its `readings.jsonl`, `interactions.jsonl` or `sweeps.jsonl`, replaced if
+    there), to stdout for "-", or to kafka:TOPIC.
 
     `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
-    of a moment, or interactions; None: what the recording holds. `kafka`: the options of a kafka sink besides `topic`.
-    `graph`: options of `Replay` that are for edge lists only (order, time_unit).
+    of a moment, interactions or sweeps; None: what the recording holds. `kafka`: the options of a kafka sink besides
+    `topic`. `graph`: options of `Replay` that are for edge lists only (order, time_unit).
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
-    sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts. Raises
+    sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts; what the
+    recording has but cannot be read is left out, and counted `unreadable` with the first reason. Raises
     InputError for a recording that cannot be read and a destination that is none, and
     OutputError for one that cannot be written: whole lines stay there.
     """
     options = {"path": str(path), "speed": "max" if speed is None else speed, "format": form, "emit": emit}
     source = Replay(Replay.Options.model_validate(options | dict(graph or {})))
-    file = "interactions.jsonl" if Interaction in Replay.emits(source.options) else "readings.jsonl"
+    file = next((_FILES[kind] for kind in Replay.emits(source.options) if kind in _FILES), "readings.jsonl")
     stop = threading.Event() if stop is None else stop
     started = time.monotonic()
     done = 0
+    unreadable: list[str] = []
     try:
         with _destination(to, kafka or {}, file) as (write, name):
             while not source.ended and not stop.is_set():
-                records = source.poll(_BATCH, 0.2)
+                polled = source.poll(_BATCH, 0.2)
+                unreadable += [record.value.reason for record in polled if isinstance(record.value, Undecodable)]
+                records = [record for record in polled if not isinstance(record.value, Undecodable)]
                 if records:
                     write(records)
                     done += len(records)
@@ -69,6 +74,7 @@ def publish(
         "records": done,
         "seconds": time.monotonic() - started,
         "stopped": stop.is_set() and not source.ended,
+        **({"unreadable": len(unreadable), "reason": unreadable[0]} if unreadable else {}),
     }
 
 

@@ -42,6 +42,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "shards": "stepstream.operators.shards:Shards",
         "shard-links": "stepstream.operators.shard_links:ShardLinks",
         "null": "stepstream.operators.null:Null",
+        "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {
         "local": "stepstream.pipeline.engines.local:LocalEngine",

@@ -31,6 +31,7 @@ Examples:
   stepstream replay metr_la.npz --to - --rate 20 | head
   stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1 --servers broker:9092
   stepstream replay metr_la.npz --to kafka:traffic.frames --emit frames --set security.protocol=SSL
+  stepstream replay kitti/velodyne --to sweeps/ --rate 1    writes sweeps/sweeps.jsonl
   stepstream replay bitcoin_alpha.csv --to edges/ --sort    writes edges/interactions.jsonl, by time
 """
 
@@ -50,7 +51,7 @@ def replay(
         typer.Option(
             "--emit",
             help="readings, or frames: all readings of a moment in one record.",
-            show_default="readings; interactions of a graph",
+            show_default="readings; interactions of a graph; sweeps of a LiDAR",
         ),
     ] = None,
     in_time_order: Annotated[
@@ -72,8 +73,8 @@ def replay(
     speed = _speed(rate)
     if to == "-" and as_json:
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
-    if emit not in (None, "readings", "frames", "interactions"):
-        raise WrongUse(f"--emit {emit}: expected readings, frames or interactions")
+    if emit not in (None, "readings", "frames", "interactions", "sweeps"):
+        raise WrongUse(f"--emit {emit}: expected readings, frames, interactions or sweeps")
     graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
@@ -87,6 +88,8 @@ def replay(
         console(stderr=True).print(
             f"{said} {number(summary['records'])} records in {summary['seconds']:.1f} s to {summary['to']}"
         )
+        if "unreadable" in summary:
+            console(stderr=True).print(f"left out {summary['unreadable']}: {summary['reason']}", markup=False)
 
 
 def kafka_options(servers: str, settings: list[str]) -> dict[str, Any]:
