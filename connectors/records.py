@@ -190,8 +190,8 @@ class Sweep:
 
 
 Payload: TypeAlias = Any
-"""`Reading`, `SensorFrame`, `Sweep`, `Interaction`, `Forecast`, `LinkScores`, `NodeMemory`, `Score`, or any other frozen
-dataclass: operators name those they consume."""
+"""`Reading`, `SensorFrame`, `Sweep`, `Interaction`, `Forecast`, `LinkScores`, `NodeMemory`, `Score`, or any other
+frozen dataclass: operators name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)
