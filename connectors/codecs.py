@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_json
+from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_events, codec_json
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
-from stepstream.connectors.records import Forecast, Interaction, LinkScores, Reading, Score, SensorFrame
+from stepstream.connectors.records import EventSlice, Forecast, Interaction, LinkScores, Reading, Score, SensorFrame
 
 __all__ = [
     "DEFAULT_MAX_BYTES",
@@ -33,12 +33,12 @@ __all__ = [
     "warm_up",
 ]
 
-Form: TypeAlias = Literal["json", "arrow"]
+Form: TypeAlias = Literal["json", "arrow", "evt3"]
 
 DEFAULT_MAX_BYTES = 32 * 2**20
 """Largest body that `decode` looks at unless told otherwise."""
 
-_CONTENT_TYPE = re.compile(r"application/vnd\.stepstream\.([a-z][a-z0-9_]*)\+(json|arrow)\s*;\s*v=(\d{1,9})")
+_CONTENT_TYPE = re.compile(r"application/vnd\.stepstream\.([a-z][a-z0-9_]*)\+(json|arrow|evt3)\s*;\s*v=(\d{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 
 def encode(value: object, form: Form | None = None) -> Encoded:
-    """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores:
-    arrow) or the one asked for.
+    """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
+    EventSlice: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -123,7 +123,8 @@ def parse_content_type(content_type: str) -> tuple[str, str, int]:
     match = _CONTENT_TYPE.fullmatch(content_type.strip())
     if match is None:
         raise InputError(
-            f"content type: expected application/vnd.stepstream.KIND+json; v=N (or +arrow), got {content_type[:80]!r}"
+            "content type: expected application/vnd.stepstream.KIND+json; v=N (or +arrow, +evt3), "
+            f"got {content_type[:80]!r}"
         )
     return match[1], match[2], int(match[3])
 
@@ -166,3 +167,6 @@ register_codec(Forecast, "json", _json_encoder(Forecast), _json_decoder(Forecast
 register_codec(Interaction, "arrow", codec_arrow_graph.encode_interaction, codec_arrow_graph.decode_interaction)
 register_codec(LinkScores, "arrow", codec_arrow_graph.encode_link_scores, codec_arrow_graph.decode_link_scores)
 register_codec(LinkScores, "json", _json_encoder(LinkScores), _json_decoder(LinkScores))
+register_codec(EventSlice, "arrow", codec_events.encode_slice, codec_events.decode_slice)
+register_codec(EventSlice, "evt3", codec_events.encode_slice_evt3, codec_events.decode_slice_evt3)
+register_codec(EventSlice, "json", _json_encoder(EventSlice), _json_decoder(EventSlice))
