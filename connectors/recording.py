@@ -26,9 +26,20 @@ READERS: dict[str, str] = {
     "interactions-npz": "stepstream.connectors.interactions_npz:InteractionsNpz",
     "interactions-jodie": "stepstream.connectors.interactions_jodie:InteractionsJodie",
     "interactions-csv": "stepstream.connectors.interactions_csv:InteractionsCsv",
+    "prophesee-evt3": "stepstream.connectors.events_prophesee:Evt3Reader",
+    "prophesee-evt2": "stepstream.connectors.events_prophesee:Evt2Reader",
+    "prophesee-evt21": "stepstream.connectors.events_prophesee:Evt21Reader",
+    "prophesee-dat": "stepstream.connectors.events_prophesee:DatReader",
+    "aedat2": "stepstream.connectors.events_binary:Aedat2Reader",
+    "event-stream": "stepstream.connectors.events_binary:EsReader",
+    "dsec-h5": "stepstream.connectors.events_h5:DsecReader",
+    "events-text": "stepstream.connectors.events_text:TextReader",
     "traffic-npz": "stepstream.connectors.traffic_npz:TrafficNpz",
     "traffic-csv": "stepstream.connectors.traffic_csv:TrafficCsv",
     "traffic-h5": "stepstream.connectors.traffic_h5:TrafficH5",
+    # These two have no header.
+    "nmnist-bin": "stepstream.connectors.events_binary:NmnistReader",
+    "bs2": "stepstream.connectors.events_binary:Bs2Reader",
 }
 """Format -> where its reader is. They are asked in this order, particular ones first; a new format adds one line."""
 

@@ -12,9 +12,12 @@ from pydantic import Field, field_validator
 
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError, Partition
+from stepstream.connectors.event_slices import MAX_SLICE_US
+from stepstream.connectors.events import EventRecording
 from stepstream.connectors.interactions import InteractionRecording
 from stepstream.connectors.recording import find_reader, open_recording
-from stepstream.connectors.records import Interaction, Reading, Record, SensorFrame
+from stepstream.connectors.records import EventSlice, Interaction, Reading, Record, SensorFrame
+from stepstream.connectors.replay_events import EventSelection
 from stepstream.connectors.replay_interactions import InteractionSelection
 from stepstream.connectors.replay_traffic import TrafficSelection
 from stepstream.connectors.times import parse_time
@@ -27,14 +30,20 @@ DATASETS: dict[str, tuple[str, str]] = {"metr-la-week": ("stepstream.data", "met
 
 DEFAULT_DATASET = "metr-la-week"
 
-_EMITTED: dict[str, type] = {"readings": Reading, "frames": SensorFrame, "interactions": Interaction}
-_EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",)}
+_EMITTED: dict[str, type] = {
+    "readings": Reading,
+    "frames": SensorFrame,
+    "interactions": Interaction,
+    "slices": EventSlice,
+}
+_EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",), "events": ("slices",)}
 """Modality -> what its recordings can be emitted as, the default first."""
 
 # Options that mean something for one modality only.
 _ONLY = {
     "traffic": ("sensors", "graph", "zero_is_missing", "feature", "recording_start", "step_s"),
     "graph": ("order", "time_unit", "separate_ids"),
+    "events": ("slice_us",),
 }
 
 
@@ -49,6 +58,10 @@ def open_dataset(name: str, options: Mapping[str, object] | None = None) -> Traf
         recording = open_recording(path, None, {"name": name, **(options or {})})
     assert isinstance(recording, TrafficRecording)
     return recording
+
+
+def _a(modality: str) -> str:
+    return f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
 
 
 class _Selection(Protocol):
@@ -68,9 +81,10 @@ class Replay(base.Source):
     Traffic: `emit: readings` (the default) gives one `Reading` for each value that is there, sensors in the recording's
     order, nothing for a missing one; `emit: frames` one `SensorFrame` for each frame, observed or not. A graph: one
     `Interaction` for each row, in the order of the file, which need not be that of time (the operator `interactions`
-    is there for that), or with `order: time` by time, those of one time in the order of the file.
-    The offsets are those of this selection (start, end, sensors, emit, order): they mean something else after one of
-    these options changed.
+    is there for that), or with `order: time` by time, those of one time in the order of the file. Events: one
+    `EventSlice` for each `slice_us`, also where there are no events, as `EventRecording` cuts them.
+    The offsets are those of this selection (start, end, sensors, emit, order, slice_us): they mean something else after
+    one of these options changed.
     At a number as speed, a record is due when as much wall time (times speed) has passed since the first poll as event
     time since the record that poll began with, and never before the one that stands before it; `pace_from` lets a
     runtime catch up first.
@@ -82,13 +96,13 @@ class Replay(base.Source):
         `speed`: "max", or a number (1: real time). `key`: default the recording's name. `start` (included) and `end`
         (excluded): ISO 8601. `format`: instead of finding it from the content. Traffic: `sensors`: only these, in this
         order; `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions. A graph: `order`;
-        `time_unit`, `separate_ids`: see InteractionOptions.
+        `time_unit`, `separate_ids`: see InteractionOptions. Events: `slice_us`, see EventOptions.
         """
 
         path: Path | None = None
         dataset: str | None = None
         speed: Literal["max"] | float = "max"
-        emit: Literal["readings", "frames", "interactions"] | None = None
+        emit: Literal["readings", "frames", "interactions", "slices"] | None = None
         key: str | None = None
         start: str | None = None
         end: str | None = None
@@ -102,6 +116,7 @@ class Replay(base.Source):
         order: Literal["file", "time"] = "file"
         time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
         separate_ids: bool | None = None
+        slice_us: int = Field(default=1000, ge=1000, le=MAX_SLICE_US)
 
         @field_validator("speed")
         @classmethod
@@ -127,7 +142,7 @@ class Replay(base.Source):
             try:
                 modality = find_reader(options.path, options.format).modality
             except InputError:
-                return (Reading, Interaction)
+                return (Reading, Interaction, EventSlice)
         return (_EMITTED[_EMITS.get(modality, _EMITS["traffic"])[0]],)
 
     def __init__(self, options: Options) -> None:
@@ -155,32 +170,37 @@ class Replay(base.Source):
         modality = find_reader(options.path, options.format).modality
         self._check_modality(modality)
         graph = {"time_unit": options.time_unit, "separate_ids": options.separate_ids}
-        given = {"name": options.dataset, **(graph if modality == "graph" else traffic)}
+        own: dict[str, dict[str, Any]] = {"graph": graph, "events": {"slice_us": options.slice_us}}
+        given = {"name": options.dataset, **own.get(modality, traffic)}
         return open_recording(options.path, options.format, given)
 
     def _check_modality(self, modality: str) -> None:
         """That the options are those of a modality."""
         where = self.options.path or self.options.dataset or DEFAULT_DATASET
         if modality not in _EMITS:
-            raise InputError(f"path: {where} is a {modality} recording; replay takes {' and '.join(_EMITS)} recordings")
+            raise InputError(
+                f"path: {where} is {_a(modality)} recording; replay takes {' and '.join(_EMITS)} recordings"
+            )
         fields = type(self.options).model_fields
         for other, names in _ONLY.items():
             for name in names:
                 if other != modality and getattr(self.options, name) != fields[name].default:
-                    raise InputError(f"{name}: is for {other} recordings, and {where} is a {modality} recording")
+                    raise InputError(f"{name}: is for {other} recordings, and {where} is {_a(modality)} recording")
         if self.options.emit is not None and self.options.emit not in _EMITS[modality]:
             expected = " or ".join(_EMITS[modality])
-            raise InputError(f"emit: {where} is a {modality} recording: expected {expected}, got {self.options.emit}")
+            raise InputError(f"emit: {where} is {_a(modality)} recording: expected {expected}, got {self.options.emit}")
 
     def _select(self, recording: Any) -> _Selection:
         options = self.options
         if isinstance(recording, InteractionRecording):
             return InteractionSelection(recording, options.key, options.order, options.start, options.end)
+        if isinstance(recording, EventRecording):
+            return EventSelection(recording, options.key, options.start, options.end)
         if isinstance(recording, TrafficRecording):
             emit = options.emit or _EMITS["traffic"][0]
             return TrafficSelection(recording, options.key, emit, options.start, options.end, options.sensors)
         kind = type(recording).__name__
-        raise InputError(f"path: {options.path}: its reader gives {kind}, no TrafficRecording or InteractionRecording")
+        raise InputError(f"path: {options.path}: its reader gives {kind}, no recording that can be played")
 
     @property
     def topic(self) -> str:

@@ -15,13 +15,13 @@ from typing import Any, BinaryIO, TypeAlias
 from stepstream.connectors.base import InputError
 from stepstream.connectors.output import OutputError, writing
 from stepstream.connectors.record_json import interaction_to_json, reading_to_json, record_to_json
-from stepstream.connectors.records import Interaction, Reading, Record
+from stepstream.connectors.records import EventSlice, Interaction, Reading, Record
 from stepstream.connectors.replay import Replay
 
 __all__ = ["publish"]
 
 _BATCH = 5000
-_TAIL = 1 << 20  # longer than any line of a reading or an interaction
+_TAIL = 1 << 20  # longer than any line of a reading, an interaction or a slice of events
 
 
 def publish(
@@ -35,12 +35,12 @@ def publish(
     on_progress: Callable[[int, int | None], None] | None = None,
     graph: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Replays a recording to a folder (its `readings.jsonl` or `interactions.jsonl`, replaced if there), to stdout for
-    "-", or to kafka:TOPIC.
+    """Replays a recording to a folder (its `readings.jsonl`, `interactions.jsonl` or `event_slices.jsonl`, replaced if
+    there), to stdout for "-", or to kafka:TOPIC.
 
     `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
-    of a moment, or interactions; None: what the recording holds. `kafka`: the options of a kafka sink besides `topic`.
-    `graph`: options of `Replay` that are for edge lists only (order, time_unit).
+    of a moment, or interactions, or slices; None: what the recording holds. `kafka`: the options of a kafka sink
+    besides `topic`. `graph`: options of `Replay` that are for edge lists only (order, time_unit).
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts. Raises
     InputError for a recording that cannot be read and a destination that is none, and
@@ -48,7 +48,8 @@ def publish(
     """
     options = {"path": str(path), "speed": "max" if speed is None else speed, "format": form, "emit": emit}
     source = Replay(Replay.Options.model_validate(options | dict(graph or {})))
-    file = "interactions.jsonl" if Interaction in Replay.emits(source.options) else "readings.jsonl"
+    files = {Interaction: "interactions.jsonl", EventSlice: "event_slices.jsonl"}
+    file = files.get(Replay.emits(source.options)[0], "readings.jsonl")
     stop = threading.Event() if stop is None else stop
     started = time.monotonic()
     done = 0
