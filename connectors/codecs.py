@@ -19,6 +19,7 @@ import numpy as np
 from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_events, codec_json
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
+from stepstream.connectors.event_frames import EventFrame, decode_event_frame, encode_event_frame
 from stepstream.connectors.records import EventSlice, Forecast, Interaction, LinkScores, Reading, Score, SensorFrame
 
 __all__ = [
@@ -170,3 +171,4 @@ register_codec(LinkScores, "json", _json_encoder(LinkScores), _json_decoder(Link
 register_codec(EventSlice, "arrow", codec_events.encode_slice, codec_events.decode_slice)
 register_codec(EventSlice, "evt3", codec_events.encode_slice_evt3, codec_events.decode_slice_evt3)
 register_codec(EventSlice, "json", _json_encoder(EventSlice), _json_decoder(EventSlice))
+register_codec(EventFrame, "arrow", encode_event_frame, decode_event_frame)

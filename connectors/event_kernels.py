@@ -88,7 +88,7 @@ def evt3(words: Any, state: Any, t: Any, x: Any, y: Any, p: Any, triggers: Any) 
             row = low & 0x7FF if kind == 0 else row
             time = shift + (high << 12) + low if (kind == 6) & (high >= 0) else time
         elif kind == 4 or kind == 5:  # VECT_12, VECT_8: a bit an event
-            bits = low if kind == 4 else low & 0xFF
+            bits: Any = low if kind == 4 else low & 0xFF
             if base < 0 or base > 0x7FF:
                 state[LONE_VECTORS] += 1
                 continue
