@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepstream.connectors.base import DeadLetter, InputError, Sink, Source, Undecodable
 from stepstream.connectors.records import (
+    EventSlice,
     Forecast,
     Interaction,
     LinkScores,
@@ -17,6 +18,7 @@ from stepstream.connectors.records import (
 
 __all__ = [
     "DeadLetter",
+    "EventSlice",
     "Forecast",
     "InputError",
     "Interaction",

@@ -17,8 +17,18 @@ import numpy.typing as npt
 import orjson
 
 from stepstream.connectors.base import InputError
+from stepstream.connectors.codec_json_events import read_slice, slice_fields
 from stepstream.connectors.node_ids import MAX_FEATURES, node_fault, text_fault
-from stepstream.connectors.records import Forecast, Interaction, LinkScores, NodeId, Reading, Score, SensorFrame
+from stepstream.connectors.records import (
+    EventSlice,
+    Forecast,
+    Interaction,
+    LinkScores,
+    NodeId,
+    Reading,
+    Score,
+    SensorFrame,
+)
 
 __all__ = ["FRESHNESS", "JSON_FIELDS", "dump", "fields_of", "kind_of", "load_object", "read_freshness", "read_node"]
 
@@ -315,6 +325,7 @@ JSON_FIELDS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[Mapping
     Score: (score_fields, read_score),
     Interaction: (interaction_fields, read_interaction),
     LinkScores: (link_scores_fields, read_link_scores),
+    EventSlice: (slice_fields, read_slice),
 }
 """Payload type -> (its JSON fields, the payload from JSON fields). Another payload adds one line, or its own entry."""
 

@@ -16,10 +16,19 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from stepstream.connectors import codec_arrow, codec_arrow_graph, codec_arrow_memory, codec_json, codec_sweep
+from stepstream.connectors import (
+    codec_arrow,
+    codec_arrow_graph,
+    codec_arrow_memory,
+    codec_events,
+    codec_json,
+    codec_sweep,
+)
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
+from stepstream.connectors.event_frames import EventFrame, decode_event_frame, encode_event_frame
 from stepstream.connectors.records import (
+    EventSlice,
     Forecast,
     Interaction,
     LinkScores,
@@ -43,12 +52,12 @@ __all__ = [
     "warm_up",
 ]
 
-Form: TypeAlias = Literal["json", "arrow"]
+Form: TypeAlias = Literal["json", "arrow", "evt3"]
 
 DEFAULT_MAX_BYTES = 32 * 2**20
 """Largest body that `decode` looks at unless told otherwise."""
 
-_CONTENT_TYPE = re.compile(r"application/vnd\.stepstream\.([a-z][a-z0-9_]*)\+(json|arrow)\s*;\s*v=(\d{1,9})")
+_CONTENT_TYPE = re.compile(r"application/vnd\.stepstream\.([a-z][a-z0-9_]*)\+(json|arrow|evt3)\s*;\s*v=(\d{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,7 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 def encode(value: object, form: Form | None = None) -> Encoded:
     """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
-    NodeMemory, Sweep: arrow) or the one asked for.
+    NodeMemory, Sweep, EventSlice: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -133,7 +142,8 @@ def parse_content_type(content_type: str) -> tuple[str, str, int]:
     match = _CONTENT_TYPE.fullmatch(content_type.strip())
     if match is None:
         raise InputError(
-            f"content type: expected application/vnd.stepstream.KIND+json; v=N (or +arrow), got {content_type[:80]!r}"
+            "content type: expected application/vnd.stepstream.KIND+json; v=N (or +arrow, +evt3), "
+            f"got {content_type[:80]!r}"
         )
     return match[1], match[2], int(match[3])
 
@@ -185,3 +195,7 @@ register_codec(LinkScores, "json", _json_encoder(LinkScores), _json_decoder(Link
 register_codec(NodeMemory, "arrow", codec_arrow_memory.encode_node_memory, codec_arrow_memory.decode_node_memory)
 register_codec(Sweep, "arrow", codec_sweep.encode_sweep, codec_sweep.decode_sweep)
 register_codec(Sweep, "json", _json_encoder(Sweep), _json_decoder(Sweep))
+register_codec(EventSlice, "arrow", codec_events.encode_slice, codec_events.decode_slice)
+register_codec(EventSlice, "evt3", codec_events.encode_slice_evt3, codec_events.decode_slice_evt3)
+register_codec(EventSlice, "json", _json_encoder(EventSlice), _json_decoder(EventSlice))
+register_codec(EventFrame, "arrow", encode_event_frame, decode_event_frame)

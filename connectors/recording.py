@@ -26,6 +26,14 @@ READERS: dict[str, str] = {
     "interactions-npz": "stepstream.connectors.interactions_npz:InteractionsNpz",
     "interactions-jodie": "stepstream.connectors.interactions_jodie:InteractionsJodie",
     "interactions-csv": "stepstream.connectors.interactions_csv:InteractionsCsv",
+    "prophesee-evt3": "stepstream.connectors.events_prophesee:Evt3Reader",
+    "prophesee-evt2": "stepstream.connectors.events_prophesee:Evt2Reader",
+    "prophesee-evt21": "stepstream.connectors.events_prophesee:Evt21Reader",
+    "prophesee-dat": "stepstream.connectors.events_prophesee:DatReader",
+    "aedat2": "stepstream.connectors.events_binary:Aedat2Reader",
+    "event-stream": "stepstream.connectors.events_binary:EsReader",
+    "dsec-h5": "stepstream.connectors.events_h5:DsecReader",
+    "events-text": "stepstream.connectors.events_text:TextReader",
     "traffic-npz": "stepstream.connectors.traffic_npz:TrafficNpz",
     "traffic-csv": "stepstream.connectors.traffic_csv:TrafficCsv",
     "traffic-h5": "stepstream.connectors.traffic_h5:TrafficH5",
@@ -36,8 +44,11 @@ READERS: dict[str, str] = {
     "ros2-bag": "stepstream.connectors.sweeps_ros:SweepsRos2",
     "mcap": "stepstream.connectors.sweeps_ros:SweepsMcap",
     "ouster": "stepstream.connectors.sweeps_ouster:SweepsOuster",
+    # These four have no header.
     "nuscenes-bin": "stepstream.connectors.sweeps_nuscenes:SweepsNuscenes",
     "kitti-bin": "stepstream.connectors.sweeps_kitti:SweepsKitti",
+    "nmnist-bin": "stepstream.connectors.events_binary:NmnistReader",
+    "bs2": "stepstream.connectors.events_binary:Bs2Reader",
     "interactions-snap": "stepstream.connectors.interactions_snap:InteractionsSnap",
 }
 """Format -> where its reader is. They are asked in this order, particular ones first; a new format adds one line."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "EventSlice",
     "Forecast",
     "Interaction",
     "LinkScores",
@@ -189,9 +190,32 @@ class Sweep:
     frame: str = "lidar"
 
 
+@dataclass(frozen=True, slots=True)
+class EventSlice:
+    """The events of one camera from `start_us` to `end_us`, at most 10 ms: the record's event time is `start_us`.
+
+    `t_us`: int64 [N] microseconds since the epoch (or the recording's own zero), ascending, start_us <= t_us <= end_us.
+    `x`, `y`: uint16 [N], column and row below `width` and `height`. `polarity`: bool [N], True: it became brighter. N
+    is 0 where nothing happened, so that time advances, and at most `event_slices.MAX_SLICE_EVENTS`: 512 KiB.
+    Nothing from before `end_us` comes after this slice, unless the camera's clock began anew: `boot_id` counts that.
+    `sequence` counts the slices: one that is missing was lost.
+    """
+
+    t_us: npt.NDArray[np.int64]
+    x: npt.NDArray[np.uint16]
+    y: npt.NDArray[np.uint16]
+    polarity: BoolArray
+    width: int
+    height: int
+    start_us: int
+    end_us: int
+    sequence: int = 0
+    boot_id: int = 0
+
+
 Payload: TypeAlias = Any
-"""`Reading`, `SensorFrame`, `Sweep`, `Interaction`, `Forecast`, `LinkScores`, `NodeMemory`, `Score`, or any other
-frozen dataclass: operators name those they consume."""
+"""`Reading`, `SensorFrame`, `Sweep`, `EventSlice`, `Interaction`, `Forecast`, `LinkScores`, `NodeMemory`, `Score`, or
+any other frozen dataclass: operators name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)

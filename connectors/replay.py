@@ -12,9 +12,12 @@ from pydantic import Field, field_validator
 
 from stepstream.connectors import base
 from stepstream.connectors.base import InputError, Partition
+from stepstream.connectors.event_slices import MAX_SLICE_US
+from stepstream.connectors.events import EventRecording
 from stepstream.connectors.interactions import InteractionRecording
 from stepstream.connectors.recording import find_reader, open_recording
-from stepstream.connectors.records import Interaction, Reading, Record, SensorFrame, Sweep
+from stepstream.connectors.records import EventSlice, Interaction, Reading, Record, SensorFrame, Sweep
+from stepstream.connectors.replay_events import EventSelection
 from stepstream.connectors.replay_interactions import InteractionSelection
 from stepstream.connectors.replay_sweeps import SweepSelection
 from stepstream.connectors.replay_traffic import TrafficSelection
@@ -34,8 +37,14 @@ _EMITTED: dict[str, type] = {
     "frames": SensorFrame,
     "interactions": Interaction,
     "sweeps": Sweep,
+    "slices": EventSlice,
 }
-_EMITS = {"traffic": ("readings", "frames"), "graph": ("interactions",), "lidar": ("sweeps",)}
+_EMITS = {
+    "traffic": ("readings", "frames"),
+    "graph": ("interactions",),
+    "lidar": ("sweeps",),
+    "events": ("slices",),
+}
 """Modality -> what its recordings can be emitted as, the default first."""
 
 # Options that mean something for one modality only.
@@ -43,6 +52,7 @@ _ONLY = {
     "traffic": ("sensors", "graph", "zero_is_missing", "feature", "recording_start", "step_s"),
     "graph": ("order", "time_unit", "separate_ids"),
     "lidar": ("rate_hz", "poses", "frame", "topic"),
+    "events": ("slice_us",),
 }
 
 
@@ -57,6 +67,10 @@ def open_dataset(name: str, options: Mapping[str, object] | None = None) -> Traf
         recording = open_recording(path, None, {"name": name, **(options or {})})
     assert isinstance(recording, TrafficRecording)
     return recording
+
+
+def _a(modality: str) -> str:
+    return f"{'an' if modality[0] in 'aeiou' else 'a'} {modality}"
 
 
 class _Selection(Protocol):
@@ -77,9 +91,10 @@ class Replay(base.Source):
     order, nothing for a missing one; `emit: frames` one `SensorFrame` for each frame, observed or not. A graph: one
     `Interaction` for each row, in the order of the file, which need not be that of time (the operator `interactions`
     is there for that), or with `order: time` by time, those of one time in the order of the file. LiDAR: one `Sweep`
-    for each sweep in the order of the recording; one that cannot be read is `Undecodable`.
-    The offsets are those of this selection (start, end, sensors, emit, order): they mean something else after one of
-    these options changed.
+    for each sweep in the order of the recording; one that cannot be read is `Undecodable`. Events: one `EventSlice` for
+    each `slice_us`, also where there are no events, as `EventRecording` cuts them.
+    The offsets are those of this selection (start, end, sensors, emit, order, slice_us): they mean something else after
+    one of these options changed.
     At a number as speed, a record is due when as much wall time (times speed) has passed since the first poll as event
     time since the record that poll began with, and never before the one that stands before it; `pace_from` lets a
     runtime catch up first.
@@ -92,13 +107,13 @@ class Replay(base.Source):
         (excluded): ISO 8601. `format`: instead of finding it from the content. Traffic: `sensors`: only these, in this
         order; `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions. A graph: `order`;
         `time_unit`, `separate_ids`: see InteractionOptions. LiDAR: `rate_hz`, `poses`, `frame`, `topic`: see
-        SweepOptions.
+        SweepOptions. Events: `slice_us`, see EventOptions.
         """
 
         path: Path | None = None
         dataset: str | None = None
         speed: Literal["max"] | float = "max"
-        emit: Literal["readings", "frames", "interactions", "sweeps"] | None = None
+        emit: Literal["readings", "frames", "interactions", "sweeps", "slices"] | None = None
         key: str | None = None
         start: str | None = None
         end: str | None = None
@@ -116,6 +131,7 @@ class Replay(base.Source):
         poses: Path | None = None
         frame: str | None = None
         topic: str | None = None
+        slice_us: int = Field(default=1000, ge=1000, le=MAX_SLICE_US)
 
         @field_validator("speed")
         @classmethod
@@ -141,7 +157,7 @@ class Replay(base.Source):
             try:
                 modality = find_reader(options.path, options.format).modality
             except InputError:
-                return (Reading, Interaction, Sweep)
+                return (Reading, Interaction, Sweep, EventSlice)
         return (_EMITTED[_EMITS.get(modality, _EMITS["traffic"])[0]],)
 
     def __init__(self, options: Options) -> None:
@@ -168,28 +184,29 @@ class Replay(base.Source):
             return open_dataset(options.dataset or DEFAULT_DATASET, traffic)
         modality = find_reader(options.path, options.format).modality
         self._check_modality(modality)
-        given: dict[str, Any] = {"name": options.dataset}
-        if modality == "graph":
-            given |= {"time_unit": options.time_unit, "separate_ids": options.separate_ids}
-        elif modality == "lidar":
-            given |= {name: getattr(options, name) for name in _ONLY["lidar"]}
-        else:
-            given |= traffic
+        own: dict[str, dict[str, Any]] = {
+            kind: {name: getattr(options, name) for name in names}
+            for kind, names in {**_ONLY, "graph": ("time_unit", "separate_ids")}.items()
+            if kind != "traffic"
+        }
+        given = {"name": options.dataset, **own.get(modality, traffic)}
         return open_recording(options.path, options.format, given)
 
     def _check_modality(self, modality: str) -> None:
         """That the options are those of a modality."""
         where = self.options.path or self.options.dataset or DEFAULT_DATASET
         if modality not in _EMITS:
-            raise InputError(f"path: {where} is a {modality} recording; replay takes {' and '.join(_EMITS)} recordings")
+            raise InputError(
+                f"path: {where} is {_a(modality)} recording; replay takes {' and '.join(_EMITS)} recordings"
+            )
         fields = type(self.options).model_fields
         for other, names in _ONLY.items():
             for name in names:
                 if other != modality and getattr(self.options, name) != fields[name].default:
-                    raise InputError(f"{name}: is for {other} recordings, and {where} is a {modality} recording")
+                    raise InputError(f"{name}: is for {other} recordings, and {where} is {_a(modality)} recording")
         if self.options.emit is not None and self.options.emit not in _EMITS[modality]:
             expected = " or ".join(_EMITS[modality])
-            raise InputError(f"emit: {where} is a {modality} recording: expected {expected}, got {self.options.emit}")
+            raise InputError(f"emit: {where} is {_a(modality)} recording: expected {expected}, got {self.options.emit}")
 
     def _select(self, recording: Any) -> _Selection:
         options = self.options
@@ -197,12 +214,13 @@ class Replay(base.Source):
             return InteractionSelection(recording, options.key, options.order, options.start, options.end)
         if isinstance(recording, SweepRecording):
             return SweepSelection(recording, options.key, options.start, options.end)
+        if isinstance(recording, EventRecording):
+            return EventSelection(recording, options.key, options.start, options.end)
         if isinstance(recording, TrafficRecording):
             emit = options.emit or _EMITS["traffic"][0]
             return TrafficSelection(recording, options.key, emit, options.start, options.end, options.sensors)
         kind = type(recording).__name__
-        known = "TrafficRecording, InteractionRecording or SweepRecording"
-        raise InputError(f"path: {options.path}: its reader gives {kind}, no {known}")
+        raise InputError(f"path: {options.path}: its reader gives {kind}, no recording that can be played")
 
     @property
     def topic(self) -> str:

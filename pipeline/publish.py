@@ -15,14 +15,18 @@ from typing import Any, BinaryIO, TypeAlias
 from stepstream.connectors.base import InputError, Undecodable
 from stepstream.connectors.output import OutputError, writing
 from stepstream.connectors.record_json import interaction_to_json, reading_to_json, record_to_json
-from stepstream.connectors.records import Interaction, Reading, Record, Sweep
+from stepstream.connectors.records import EventSlice, Interaction, Reading, Record, Sweep
 from stepstream.connectors.replay import Replay
 
 __all__ = ["publish"]
 
 _BATCH = 5000
-_TAIL = 32 << 20  # longer than any line of a reading, an interaction or a sweep
-_FILES: dict[type, str] = {Interaction: "interactions.jsonl", Sweep: "sweeps.jsonl"}
+_TAIL = 32 << 20  # longer than any line of a reading, an interaction, a sweep or a slice of events
+_FILES: dict[type, str] = {
+    Interaction: "interactions.jsonl",
+    Sweep: "sweeps.jsonl",
+    EventSlice: "event_slices.jsonl",
+}
 
 
 def publish(
@@ -36,12 +40,12 @@ def publish(
     on_progress: Callable[[int, int | None], None] | None = None,
     graph: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Replays a recording to a folder (its `readings.jsonl`, `interactions.jsonl` or `sweeps.jsonl`, replaced if
-    there), to stdout for "-", or to kafka:TOPIC.
+    """Replays a recording to a folder (its `readings.jsonl`, `interactions.jsonl`, `sweeps.jsonl` or
+    `event_slices.jsonl`, replaced if there), to stdout for "-", or to kafka:TOPIC.
 
     `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
-    of a moment, interactions or sweeps; None: what the recording holds. `kafka`: the options of a kafka sink besides
-    `topic`. `graph`: options of `Replay` that are for edge lists only (order, time_unit).
+    of a moment, interactions, sweeps or slices; None: what the recording holds. `kafka`: the options of a kafka sink
+    besides `topic`. `graph`: options of `Replay` that are for edge lists only (order, time_unit).
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts; what the
     recording has but cannot be read is left out, and counted `unreadable` with the first reason. Raises

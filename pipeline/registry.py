@@ -34,6 +34,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "kafka": "stepstream.connectors.kafka:KafkaSink",
     },
     "operator": {
+        "accumulate": "stepstream.operators.accumulate:Accumulate",
         "align": "stepstream.operators.align:Align",
         "forecast": "stepstream.operators.forecast:Forecaster",
         "score": "stepstream.operators.score:Scorer",

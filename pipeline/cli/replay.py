@@ -51,7 +51,7 @@ def replay(
         typer.Option(
             "--emit",
             help="readings, or frames: all readings of a moment in one record.",
-            show_default="readings; interactions of a graph; sweeps of a LiDAR",
+            show_default="readings; interactions of a graph; sweeps of a LiDAR; slices of events",
         ),
     ] = None,
     in_time_order: Annotated[
@@ -73,8 +73,8 @@ def replay(
     speed = _speed(rate)
     if to == "-" and as_json:
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
-    if emit not in (None, "readings", "frames", "interactions", "sweeps"):
-        raise WrongUse(f"--emit {emit}: expected readings, frames, interactions or sweeps")
+    if emit not in (None, "readings", "frames", "interactions", "sweeps", "slices"):
+        raise WrongUse(f"--emit {emit}: expected readings, frames, interactions, sweeps or slices")
     graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals

@@ -13,7 +13,7 @@ from support import DATA
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.bulk import make_interactions
-from stepstream.connectors.records import Interaction, Origin, Reading, Record, Sweep
+from stepstream.connectors.records import EventSlice, Interaction, Origin, Reading, Record, Sweep
 from stepstream.connectors.replay import Replay
 
 HERE = ("chat", 0)
@@ -110,7 +110,7 @@ def test_options_of_graphs_are_refused_for_traffic() -> None:
 
 
 def test_what_is_not_there_may_emit_either(tmp_path: Path) -> None:
-    assert Replay.emits(Replay.Options(path=tmp_path / "none")) == (Reading, Interaction, Sweep)
+    assert Replay.emits(Replay.Options(path=tmp_path / "none")) == (Reading, Interaction, Sweep, EventSlice)
 
 
 @given(
