@@ -58,13 +58,14 @@ def _seconds(later: int, earlier: int) -> Any:
 
 
 @_compiled
-def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
-    """As `TimeEncoder`: the cosine is its Taylor series to the 16th power of an angle in -pi .. pi, off by 1e-6.
+def _encode_into(gap: float, frequency: Floats, phase: Floats, out: Floats, row: int, first: int) -> None:
+    """As `TimeEncoder`, into a row from column `first` on: the cosine is its Taylor series to the 16th power of an
+    angle in -pi .. pi, off by 1e-6.
 
     The C library takes one angle at a time, 6 ns each; this vectorises, 2 ns each.
     """
     scale, one = np.float32(math.log1p(gap)), np.float32(1)
-    for i in range(len(out)):
+    for i in range(len(frequency)):
         turns = (phase[i] + scale * frequency[i]) * np.float32(1 / (2 * math.pi))
         angle = (turns - np.floor(turns + np.float32(0.5))) * np.float32(2 * math.pi)
         x = angle * angle
@@ -75,7 +76,13 @@ def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
         y = one - x * np.float32(1 / 56) * y
         y = one - x * np.float32(1 / 30) * y
         y = one - x * np.float32(1 / 12) * y
-        out[i] = one - x * np.float32(1 / 2) * y
+        out[row, first + i] = one - x * np.float32(1 / 2) * y
+
+
+@_compiled
+def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
+    """The same into a vector of its own."""
+    _encode_into(gap, frequency, phase, out.reshape(1, len(out)), 0, 0)
 
 
 @_compiled
@@ -206,32 +213,44 @@ def _pool(
     current: Floats,
     rings: tuple[Ints, Ints, Floats],
     absorbed: Floats,
+    query: int,
     scale: float,
     time: tuple[Floats, Floats],
     entries: Floats,
+    scores: Floats,
     pooled: Floats,
+    row: int,
 ) -> None:
-    """Adds to `pooled` [heads, entry] the entries of a ring, weighed by queries `absorbed` [heads, entry].
+    """Adds to row `row` of `pooled` [n, heads, entry] the entries of a ring, weighed by a query: row `query` of
+    `absorbed` begins with [heads, entry].
 
-    `there`: slots filled, at least 1; `entries`: room for them, [K, entry].
+    `there`: slots filled, at least 1; `entries` [K, entry] and `scores` [K]: room for them. Without slices of arrays,
+    which are counted up and down one by one and cost as much as the arithmetic.
     """
-    width, code = current.shape[1], len(time[0])
-    scores = np.empty(there, np.float32)
+    width, code, entry = current.shape[1], len(time[0]), entries.shape[1]
+    ids, times, features = rings
     for k in range(there):
-        entries[k, :width] = current[rings[0][node, k]]
-        _encode(_seconds(now, rings[1][node, k]), time[0], time[1], entries[k, width : width + code])
-        for i in range(entries.shape[1] - width - code):
-            entries[k, width + code + i] = rings[2][node, k, i]
-    for h in range(len(absorbed)):
-        scores[:] = 0
-        _affine(entries[:there], absorbed[h], scores)
-        scores *= np.float32(scale)
-        top, total = scores.max(), np.float32(0)
+        near = ids[node, k]
+        for i in range(width):
+            entries[k, i] = current[near, i]
+        _encode_into(_seconds(now, times[node, k]), time[0], time[1], entries, k, width)
+        for i in range(entry - width - code):
+            entries[k, width + code + i] = features[node, k, i]
+    for h in range(pooled.shape[1]):
+        top, total = np.float32(-np.inf), np.float32(0)
+        for k in range(there):
+            met = np.float32(0)
+            for i in range(entry):
+                met += entries[k, i] * absorbed[query, h * entry + i]
+            scores[k] = met * np.float32(scale)
+            top = max(top, scores[k])
         for k in range(there):
             scores[k] = math.exp(scores[k] - top)
             total += scores[k]
-        scores /= total
-        _through(scores, entries[:there], pooled[h])
+        for k in range(there):
+            weight = scores[k] / total
+            for i in range(entry):
+                pooled[row, h, i] += weight * entries[k, i]
 
 
 @_compiled
@@ -252,14 +271,16 @@ def pool_rings(
 
     `absorbed`: queries, heads beside each other in its first columns; node i has that in row query[i].
     """
+    slots = rings[0].shape[1]
     pooled = np.zeros((len(node), heads, entry), np.float32)
-    entries, asked = np.empty((rings[0].shape[1], entry), np.float32), np.empty((heads, entry), np.float32)
+    entries, scores = np.empty((slots, entry), np.float32), np.empty(slots, np.float32)
     for row in range(len(node)):
-        there = min(count[node[row]], rings[0].shape[1])
+        there = min(count[node[row]], slots)
         if there > 0:
-            for h in range(heads):
-                asked[h] = absorbed[query[row], h * entry : (h + 1) * entry]
-            _pool(node[row], time_ns[row], there, current, rings, asked, scale, time, entries, pooled[row])
+            _pool(
+                node[row], time_ns[row], there, current, rings, absorbed, query[row], scale, time, entries, scores,
+                pooled, row,
+            )  # fmt: skip
     return pooled
 
 
@@ -288,7 +309,11 @@ def _embed(
         absorbed, entries = np.zeros((heads, entry), np.float32), np.empty((there, entry), np.float32)
         for h in range(heads):
             _through(asked[h * channels : (h + 1) * channels], keys[h], absorbed[h])
-        _pool(node, now, there, current, rings, absorbed, channels**-0.5, time, entries, means)
+        scores, side_by_side = np.empty(there, np.float32), absorbed.reshape(1, heads * entry)
+        where = means.reshape(1, heads, entry)
+        _pool(
+            node, now, there, current, rings, side_by_side, 0, channels**-0.5, time, entries, scores, where, 0
+        )  # fmt: skip
         for h in range(heads):
             _through(means[h], values[h], pooled[h * channels : (h + 1) * channels])
     both = np.empty(2 * width, np.float32)
