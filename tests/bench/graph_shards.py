@@ -25,6 +25,7 @@ from stepstream.connectors.codecs import encode
 from stepstream.connectors.records import Interaction, NodeMemory, Origin, Record
 from stepstream.models.dyngraph.loading import load_graph_model
 from stepstream.models.dyngraph.rows import Row, carried, read_row, write_row
+from stepstream.models.weights import find_weights
 from stepstream.operators.shard_links import ShardLinks
 from stepstream.operators.shard_state import NOBODY, ShardState
 from stepstream.operators.shards import Shards, node_number, owner_of
@@ -278,9 +279,7 @@ def main() -> None:
 
 def wide(weights: Path) -> int:
     """How many features the weights are for."""
-    from stepstream.models.weights import read_card
-
-    return int(read_card(weights).config.get("features", 0))
+    return int(find_weights(weights).card.config.get("features", 0))
 
 
 if __name__ == "__main__":
