@@ -20,7 +20,8 @@ from stepstream.pipeline.training.graph_train import NETWORKS, GraphTrainer, Gra
 __all__ = ["train"]
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"nat": {"negatives": 4, "historical": 2, "learning_rate": 1.5e-3}}
-"""Where a model is better with others: on Wikipedia this raises NAT's validation MRR, batch of 200, above recency's."""
+"""Where a model has others: NAT ranks Wikipedia's pages as well after two epochs of this as after eight against one
+random negative (validation MRR .760, recency .754)."""
 
 
 def _sizes(model: str) -> set[str]:
