@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepstream.models.dyngraph.base import GraphModel, GraphState
+from stepstream.models.dyngraph.nat import NAT
 from stepstream.models.dyngraph.nat_caches import slots
 from stepstream.models.dyngraph.online import Batch, Fill, OnlineLearner, Part, clone_state
 from stepstream.operators import base
@@ -18,6 +20,16 @@ from stepstream.operators.base import Context
 from stepstream.operators.link_guard import Guard, Verdict, link_losses
 
 __all__ = ["GraphLearning", "LearnOptions"]
+
+_MET = 32
+"""How many of the destinations that a source met last are drawn from, as many as NAT's cache can hold."""
+
+
+class Drawn(NamedTuple):
+    """Negatives int64 [B, K], and how often such a draw has each in expectation float32 [B, K], 0: to be left out."""
+
+    destination: Tensor
+    expected: Tensor
 
 
 class LearnOptions(base.Options):
@@ -27,6 +39,7 @@ class LearnOptions(base.Options):
 
     learning_rate: float = Field(1e-4, gt=0, le=1, allow_inf_nan=False)
     negatives: int = Field(4, ge=1, le=100, description="destinations met so far that an interaction is told from")
+    historical: int = Field(2, ge=0, le=100, description="and of those that its source met; NAT's only")
     every: int = Field(200, ge=1, le=100_000, description="interactions of a graph behind which it learns")
     guard: int = Field(2000, ge=1, le=10_000_000)
     margin: float = Field(0.01, ge=0, lt=1, allow_inf_nan=False)
@@ -46,7 +59,8 @@ class GraphLearning:
     `observe` comes before interactions are taken in, `settle` after; windows of `every` interactions are counted in the
     order of the log, and a window's end must be an end of what is observed at once, so that nothing here depends on how
     the stream is cut into calls. Negatives are decided by seed and number of the interaction alone, out of the
-    destinations met up to then. `name` is of the weights: the frozen ones' hash, "+", and how many steps this graph has
+    destinations met up to then, and out of those that the source itself met last: without these, the order among them
+    is unlearned. `name` is of the weights: the frozen ones' hash, "+", and how many steps this graph has
     learned in all; with the key it names one set of weights.
     """
 
@@ -56,7 +70,10 @@ class GraphLearning:
         self.state: GraphState = model.initial_state(nodes)
         self.guard = Guard(-(-options.guard // options.every), options.margin)
         self._seen = 0
-        self._window: list[tuple[Batch, Tensor]] = []
+        self._window: list[tuple[Batch, Drawn]] = []
+        self._met: dict[int, list[int]] = {}
+        # The other models' loss takes no weights.
+        self._historical = options.historical if isinstance(model, NAT) else 0
 
     @property
     def model(self) -> GraphModel:
@@ -78,10 +95,11 @@ class GraphLearning:
     def observe(self, frozen: GraphState, batch: Batch, destinations: Sequence[int], context: Context) -> None:
         """Both models foretell interactions that neither has taken in; then the learned state does."""
         source, destination, time_ns, _ = batch
-        negatives = self._drawn(destination, destinations)
-        candidates = torch.cat((destination[:, None], negatives), 1)
+        drawn = self._drawn(source, destination, destinations)
+        candidates = torch.cat((destination[:, None], drawn.destination), 1)
+        left_out = torch.cat((torch.zeros(len(source), 1, dtype=torch.bool), drawn.expected == 0), 1)
         lost = [
-            link_losses(model.score(state, source, candidates, time_ns).numpy())
+            link_losses(model.score(state, source, candidates, time_ns).masked_fill(left_out, -math.inf).numpy())
             for model, state in ((self._frozen, frozen), (self.model, self.state))
         ]
         self.guard.add(*lost)
@@ -91,7 +109,7 @@ class GraphLearning:
             context.count(f"loss_{name}_millionths", round(1e6 * total) if np.isfinite(total) else 0)
         self.model.update(self.state, *batch)
         self._seen += len(source)
-        self._window.append((batch, negatives))
+        self._window.append((batch, drawn))
 
     def settle(self, frozen: GraphState, destinations: int, context: Context) -> None:
         """At the end of a window: who is heard from now on, and a step of learning. `frozen`: the state with it."""
@@ -103,13 +121,11 @@ class GraphLearning:
         if verdict in ("restart", "falls back and restart"):
             self._restart(frozen, context)
         elif destinations > 1:
-            self._learn(window, frozen, destinations, context)
+            self._learn(window, frozen, context)
 
-    def _learn(
-        self, window: Sequence[tuple[Batch, Tensor]], frozen: GraphState, destinations: int, context: Context
-    ) -> None:
-        batch, negatives = _joined(window)
-        if self._learner.step(batch, negatives, destinations):
+    def _learn(self, window: Sequence[tuple[Batch, Drawn]], frozen: GraphState, context: Context) -> None:
+        batch, drawn = _joined(window)
+        if self._learner.step(batch, drawn.destination, drawn.expected):
             context.count("learned_steps")
             return
         context.count("not_finite")
@@ -127,17 +143,25 @@ class GraphLearning:
         elif verdict == "takes over":
             context.count("took_over")
 
-    def _drawn(self, destination: Tensor, known: Sequence[int]) -> Tensor:
-        """Negatives int64 [B, K]; whoever draws the true one takes the next."""
-        count = self._options.negatives
-        first = self._seen * count
-        places = slots(torch.arange(first, first + len(destination) * count), len(known), self._options.seed)
-        true = destination.repeat_interleave(count).tolist()
-        drawn = [
-            known[(place + 1) % len(known)] if known[place] == row else known[place]
-            for place, row in zip(places.tolist(), true, strict=True)
-        ]
-        return torch.tensor(drawn).view(-1, count)
+    def _drawn(self, source: Tensor, destination: Tensor, known: Sequence[int]) -> Drawn:
+        """`negatives` of all destinations known (whoever draws the true one takes the next), then historical ones."""
+        count, historical, rows = self._options.negatives, self._historical, len(destination)
+        each = count + historical
+        numbers = torch.arange(self._seen * each, (self._seen + rows) * each)
+        places = slots(numbers, 1 << 53, self._options.seed).view(rows, each).tolist()
+        drawn, expected = [], []
+        for mine, true, picks in zip(source.tolist(), destination.tolist(), places, strict=True):
+            met = self._met.get(mine, [])
+            random = [known[pick % len(known)] for pick in picks[:count]]
+            random = [
+                known[(p + 1) % len(known)] if node == true else node for node, p in zip(random, picks, strict=False)
+            ]
+            before = [met[pick % len(met)] if met else true for pick in picks[count:]]
+            drawn.append(random + before)
+            often = [count / len(known)] * count + [historical / max(1, len(met))] * historical
+            expected.append([0.0 if node == true else o for node, o in zip(drawn[-1], often, strict=True)])
+            self._met[mine] = [*(node for node in met if node != true), true][-_MET:]
+        return Drawn(torch.tensor(drawn), torch.tensor(expected))
 
     # ---- what is kept
 
@@ -145,9 +169,10 @@ class GraphLearning:
         """All of it, copied; `part` of a state."""
         window: dict[str, Any] = {}
         if self._window:
-            batch, negatives = _joined(self._window, in_order=False)
+            batch, drawn = _joined(self._window, in_order=False)
             columns = zip(("source", "destination", "time_ns", "features"), batch, strict=True)
-            window = {name: column for name, column in columns if column is not None} | {"negatives": negatives}
+            window = {name: column for name, column in columns if column is not None}
+            window |= {"negatives": drawn.destination, "expected": drawn.expected}
         return {
             "frozen": self._weights,
             "seen": self._seen,
@@ -155,6 +180,7 @@ class GraphLearning:
             "learner": self._learner.snapshot(part),
             "state": part(self.state),
             "window": window,
+            "met": torch.tensor([[mine, node] for mine, met in self._met.items() for node in met]).view(-1, 2),
         }
 
     def restore(self, saved: Mapping[str, Any], fill: Fill) -> None:
@@ -168,17 +194,21 @@ class GraphLearning:
         window = {name: torch.as_tensor(column).clone() for name, column in saved["window"].items()}
         if window:
             batch = window["source"], window["destination"], window["time_ns"], window.get("features")
-            self._window = [(batch, window["negatives"])]
+            self._window = [(batch, Drawn(window["negatives"], window["expected"]))]
+        self._met = {}
+        for mine, node in torch.as_tensor(saved["met"]).tolist():
+            self._met.setdefault(mine, []).append(node)
 
 
-def _joined(window: Sequence[tuple[Batch, Tensor]], *, in_order: bool = True) -> tuple[Batch, Tensor]:
+def _joined(window: Sequence[tuple[Batch, Drawn]], *, in_order: bool = True) -> tuple[Batch, Drawn]:
     """A window as one batch: in time order, as models want it, or as it came."""
-    batches, negatives = zip(*window, strict=True)
+    batches, draws = zip(*window, strict=True)
     source, destination, time_ns = (torch.cat([batch[i] for batch in batches]) for i in range(3))
     held = [batch[3] for batch in batches if batch[3] is not None]
-    features, drawn = torch.cat(held) if held else None, torch.cat(negatives)
+    features, drawn = torch.cat(held) if held else None, Drawn(*map(torch.cat, zip(*draws, strict=True)))
     if in_order:
         order = torch.argsort(time_ns, stable=True)
-        source, destination, time_ns, drawn = source[order], destination[order], time_ns[order], drawn[order]
+        source, destination, time_ns = source[order], destination[order], time_ns[order]
+        drawn = Drawn(drawn.destination[order], drawn.expected[order])
         features = None if features is None else features[order]
     return (source, destination, time_ns, features), drawn

@@ -84,9 +84,10 @@ class OnlineLearner:
         """Makes room for more nodes."""
         self._state = self.model.grow(self._state, nodes)
 
-    def step(self, batch: Batch, negatives: Tensor, among: int) -> bool:
-        """Learns from interactions in time order against destinations int64 [B, K] that are not theirs, drawn from
-        `among`, with the loss that the model is trained with: NAT's is that of a choice among all.
+    def step(self, batch: Batch, negatives: Tensor, expected: Tensor) -> bool:
+        """Learns from interactions in time order against destinations int64 [B, K] that are not theirs, with the loss
+        that the model is trained with: NAT's is that of a choice among all, for which `expected` [B, K] says how often
+        a draw has each (see `link_loss`).
 
         False if the loss or its gradient was not finite: then `restart` must follow.
         """
@@ -95,7 +96,7 @@ class OnlineLearner:
             torch.default_generator.manual_seed(self._seed * 1_000_003 + self.steps)
             self.model.train()
             try:
-                loss = self._loss(batch, negatives, among)
+                loss = self._loss(batch, negatives, expected)
                 self._optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             finally:
@@ -112,9 +113,8 @@ class OnlineLearner:
             self.model.update(self._state, *batch)
         return True
 
-    def _loss(self, batch: Batch, negatives: Tensor, among: int) -> Tensor:
+    def _loss(self, batch: Batch, negatives: Tensor, expected: Tensor) -> Tensor:
         if self._through_update is not None:
-            expected = torch.full(negatives.shape, negatives.shape[1] / among)
             return self._through_update.loss(self._state, batch, negatives, expected)
         assert isinstance(self.model, MemoryModel)
         return training_step(self.model, self._state, Interactions(*batch), negatives)

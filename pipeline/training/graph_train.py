@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -22,6 +23,7 @@ from stepstream.models.dyngraph.events import Interactions
 from stepstream.models.dyngraph.memory import MemoryConfig, MemoryModel, training_step
 from stepstream.models.dyngraph.nat import NAT, NATConfig
 from stepstream.models.dyngraph.nat_training import NATLearner
+from stepstream.models.dyngraph.online import one_thread
 from stepstream.pipeline.training.graph_data import GraphData, GraphSplit
 from stepstream.pipeline.training.graph_draws import TrainingDraws
 from stepstream.pipeline.training.graph_protocols import BATCH, Pairs, pair_metrics
@@ -126,7 +128,11 @@ class GraphTrainer:
     def run(self, on_progress: Report | None = None, stop: Event | None = None) -> None:
         """Trains to the end or until `stop` is set; an epoch that was stopped is begun again by the next run."""
         while self.progress < 1 and self.stale < self.options.patience:
-            if not self._train_epoch(on_progress, stop):
+            # On several threads gradients of indexing are summed in any order, and a run that was stopped would not go
+            # on to the same weights.
+            with one_thread() if self.options.device == "cpu" else nullcontext():
+                whole = self._train_epoch(on_progress, stop)
+            if not whole:
                 break
             self.epoch += 1
             self._validate_and_save()

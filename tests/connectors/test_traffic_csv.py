@@ -112,7 +112,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, reason: str) -> None:
     "text",
     [
         "t,x,y,p\n1,2,3,1\n",
-        "0.5 3 4 1\n0.6 3 4 0\n",
+        "0.5 3 4 yes\n0.6 3 4 no\n",
         "hello\n",
         "a,b\n20200101,2\n",
     ],

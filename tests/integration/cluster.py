@@ -107,7 +107,8 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int = 1, *, secure: bool = False, **options: str) -> None:
         self.folder, self.nodes, self.secure = folder, nodes, secure
         self.options = {name.replace("_", "."): value for name, value in options.items()}
-        self.id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # Not one that begins with "-", as one of 64 does: StorageTool takes it for an option.
+        self.id = "k" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
         names = ("PLAINTEXT", "CONTROLLER", *(("SASL_PLAINTEXT", "SSL") if secure else ()))
         free = iter(_free_ports(nodes * len(names)))
         self.ports = {node: {name: next(free) for name in names} for node in range(1, nodes + 1)}

@@ -250,7 +250,11 @@ def test_frames_are_published_through_sasl(broker: Cluster, new_topic: NewTopic)
         (["--to", "kafka:t", "--set", "security.protocol=TLS"], 1, "security.protocol: "),
         (["--to", "kafka:t", "--set", "security.password=hush-5"], 1, "security: "),
         (["--to", "kafka:t", "--servers", "a:b"], 1, "servers: "),
-        (["--to", "kafka:t", "--emit", "cars"], 2, "--emit cars: expected readings, frames or interactions"),
+        (
+            ["--to", "kafka:t", "--emit", "cars"],
+            2,
+            "--emit cars: expected readings, frames, interactions, sweeps or slices",
+        ),
         (["--to", "kafka:t", "--rate", "-1"], 2, "--rate -1: expected max or a number above 0"),
     ],
 )

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -315,6 +316,8 @@ def test_the_store_may_be_any_that_fsspec_knows(models: Path) -> None:
     again = _moved(operator, links("nat", models, evict, max_nodes=9))
     found += again.process(records[200:], RecordingContext())
     assert told(found) == told(links("nat", models).process(records, RecordingContext()))
+    # It is one for the whole process.
+    fsspec.filesystem("memory").rm("/evicted", recursive=True)
 
 
 # ---- options

@@ -61,7 +61,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for first in range(0, len(events), 20):
             source, destination = torch.from_numpy(events[first : first + 20]).T
             negatives = torch.from_numpy(random.integers(USERS, USERS + PAGES, (20, 1)))
-            learner.step((source, destination, (torch.arange(20) + first) * MINUTE, None), negatives, PAGES)
+            learner.step(
+                (source, destination, (torch.arange(20) + first) * MINUTE, None),
+                negatives,
+                torch.full(negatives.shape, 1 / PAGES),
+            )
     folder = tmp_path_factory.mktemp("trained") / "nat"
     save_weights(learner.model, folder, Card(model="nat", task="graph", config=config))
     return folder

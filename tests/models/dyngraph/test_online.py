@@ -68,9 +68,9 @@ def test_a_learner_saved_after_any_step_goes_on_to_the_same_bits(name: str) -> N
     cut = OnlineLearner(model, NODES, 1e-2, seed=3)
     with torch.no_grad(), one_thread():
         for batch, negatives in windows(5):
-            assert whole.step(batch, negatives, 30)
+            assert whole.step(batch, negatives, torch.full(negatives.shape, negatives.shape[1] / 30))
             torch.rand(7)  # whoever else draws
-            assert cut.step(batch, negatives, 30)
+            assert cut.step(batch, negatives, torch.full(negatives.shape, negatives.shape[1] / 30))
             kept, cut = saved(cut), OnlineLearner(model, NODES, 1e-2, seed=3)
             cut.restore(kept, fill)
             assert_same(saved(cut), saved(whole))
@@ -85,7 +85,7 @@ def test_it_draws_from_no_generator_of_others() -> None:
     wanted = torch.rand(3)
     torch.manual_seed(5)
     for batch, negatives in windows(2):
-        learner.step(batch, negatives, 30)
+        learner.step(batch, negatives, torch.full(negatives.shape, negatives.shape[1] / 30))
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -96,8 +96,8 @@ def test_a_step_that_is_not_finite_changes_no_weights(name: str) -> None:
     (batch, negatives), (later, others) = windows(2)
     assert batch[3] is not None
     broken = (*batch[:3], torch.full_like(batch[3], float("nan")))
-    learner.step(broken, negatives, 30)
-    assert not learner.step(later, others, 30)
+    learner.step(broken, negatives, torch.full(negatives.shape, negatives.shape[1] / 30))
+    assert not learner.step(later, others, torch.full(others.shape, others.shape[1] / 30))
     learned = learner.model.state_dict()
     assert all(torch.isfinite(leaf).all() for leaf in learned.values())
     state = model.initial_state(NODES)
@@ -107,7 +107,9 @@ def test_a_step_that_is_not_finite_changes_no_weights(name: str) -> None:
     assert all(torch.equal(leaf, learned[key]) for key, leaf in model.state_dict().items())
     fresh = OnlineLearner(model, NODES, 1e-2)
     fresh.steps = steps
-    assert learner.step(batch, negatives, 30) and fresh.step(batch, negatives, 30)
+    assert learner.step(batch, negatives, torch.full(negatives.shape, negatives.shape[1] / 30)) and fresh.step(
+        batch, negatives, torch.full(negatives.shape, negatives.shape[1] / 30)
+    )
     assert_same(saved(learner), saved(fresh))
     assert all(not leaf.any() for leaf in (state["events" if name == "nat" else "count"],))
 
