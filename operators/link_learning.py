@@ -97,9 +97,11 @@ class GraphLearning:
         source, destination, time_ns, _ = batch
         drawn = self._drawn(source, destination, destinations)
         candidates = torch.cat((destination[:, None], drawn.destination), 1)
-        left_out = torch.cat((torch.zeros(len(source), 1, dtype=torch.bool), drawn.expected == 0), 1)
+        # As in `link_loss`: what is drawn rarely stands for many, so that it is the choice among all that is judged.
+        stands_for = torch.cat((torch.zeros(len(source), 1), -drawn.expected.log()), 1)
+        stands_for = stands_for.masked_fill(stands_for == math.inf, -math.inf)
         lost = [
-            link_losses(model.score(state, source, candidates, time_ns).masked_fill(left_out, -math.inf).numpy())
+            link_losses((model.score(state, source, candidates, time_ns) + stands_for).numpy())
             for model, state in ((self._frozen, frozen), (self.model, self.state))
         ]
         self.guard.add(*lost)
