@@ -208,7 +208,7 @@ class TGN(MessageModel):
         # What was made in inference mode has no version, as nothing writes to it.
         at = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]  # noqa: SLF001
         if self._folded is None or self._folded[0] != at:
-            self._folded = at, fold(self)
+            self._folded = at, fold(self.attention, self.time.phase, self.merge, self.merge_out, self.decoder)
         return self._folded[1]
 
     def _rings(self, state: GraphState) -> Any:

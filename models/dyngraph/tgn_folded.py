@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from stepstream.models.dyngraph.tgn import TGN
+from stepstream.models.dyngraph.attention import LinkDecoder, OneQueryAttention
 
 __all__ = ["Folded", "fold"]
 
@@ -34,21 +33,25 @@ class Folded(NamedTuple):
 
 
 @torch.no_grad()
-def fold(model: TGN) -> Folded:
-    """The maps of `TGN.embed` and of the decoder: query and key, value and output and merge, merge and decoder."""
-    attention, merge, last, decoder = model.attention, model.merge, model.merge_out, model.decoder
-    width = model.config.width
+def fold(
+    attention: OneQueryAttention, phase: Tensor, merge: nn.Linear, last: nn.Linear, decoder: LinkDecoder
+) -> Folded:
+    """The maps of `TGN.embed` and of the decoder: query and key, value and output and merge, merge and decoder.
+
+    `phase`: of the encoding of time; `merge`, `last`: the two layers that make the embedding.
+    """
+    width = last.weight.shape[0]
     heads, channels, entry = attention.key.shape
     query = attention.query.weight.view(heads, channels, -1)
     # [heads, memory and phase, entry], then heads side by side.
     absorb = torch.bmm(query.transpose(1, 2), attention.key).transpose(0, 1).reshape(-1, heads * entry)
-    phase = model.time.phase.cos() @ absorb[width:]
+    now = phase.cos() @ absorb[width:]
     attended, own = merge.weight[:, :width].t(), merge.weight[:, width:].t()
     out = attention.out.weight.t().reshape(heads, channels, width)
     decode = [part.weight.t() for part in (decoder.source, decoder.destination)]
     return Folded(
         own=torch.cat((absorb[:width], own), 1),
-        own_bias=torch.cat((phase, attention.out.bias @ attended + merge.bias)),
+        own_bias=torch.cat((now, attention.out.bias @ attended + merge.bias)),
         pooled=torch.bmm(attention.value, out).reshape(heads * entry, width) @ attended,
         source=last.weight.t() @ decode[0],
         source_bias=last.bias @ decode[0] + decoder.source.bias,
