@@ -43,8 +43,8 @@ class WithNegatives(Links):
         self.pairs: list[tuple[float, float]] = []
         self.seen: set[Any] = set()
 
-    def _scores(self, graph: Any, good: Sequence[Any], known: Sequence[Any]) -> list[Record]:
-        out = super()._scores(graph, good, known)
+    def _scores(self, graph: Any, good: Sequence[Any], known: Sequence[Any], context: Any) -> list[Record]:
+        out = super()._scores(graph, good, known, context)
         for _, _, name in ((*ends, record.value.destination) for record, *ends in good):
             if name not in self.seen:
                 self.seen.add(name)
