@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Guard", "Verdict", "link_losses"]
+__all__ = ["Guard", "Verdict", "link_losses", "reciprocal_ranks"]
 
 Verdict = Literal["go on", "takes over", "falls back", "restart", "falls back and restart"]
 
@@ -28,21 +28,38 @@ def link_losses(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return losses
 
 
+def reciprocal_ranks(scores: npt.NDArray[np.float32], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """1 over the rank of the first of [B, 1 + K] candidates, the true one, among those that the others stand for: [B].
+
+    `weights`: float64 [B, K], how many destinations each other candidate stands for, 0: none. Ties count half, as in
+    TGB's protocol (https://github.com/shenyangHuang/TGB). A score that is no number is the lowest; the true one's makes
+    the rank that of the last.
+    """
+    true, others = scores[:, :1], scores[:, 1:]
+    with np.errstate(invalid="ignore"):
+        above = np.where(np.isnan(true), 1.0, (others > true) + 0.5 * (others == true))
+    return 1.0 / (1.0 + (weights * above).sum(1))
+
+
 class Guard:
     """Compares a learning model with the frozen one it came from, over the last `blocks` blocks of interactions.
 
-    Both are told by what they lost on each interaction before it was taken in. The frozen one is heard first. The
-    learning one takes over when over all the blocks it lost less by the share `margin`; it falls back when it lost more
-    at all: between the two nothing changes, so that they do not take turns on noise. Meanwhile it goes on learning
-    unheard, which was measured to be better than beginning anew (docs/graphs.md). Only when it lost more than twice as
+    Both are told by what they lost on each interaction before it was taken in, and on some by the rank that they gave
+    to what came. The frozen one is heard first. The learning one takes over when over all the blocks it lost less by
+    the share `margin`, and did not rank worse; it falls back when it lost more or ranked worse at all: between the two
+    nothing changes, so that they do not take turns on noise. Both measures, as weights that learn on can lose less by
+    what they say of links that are new, and put those that were in a worse order (docs/graphs.md). Meanwhile it goes on
+    learning unheard, which was measured to be better than beginning anew. Only when it lost more than twice as
     much, heard or not, or something not finite, learning has to begin anew, and the blocks are forgotten.
     """
 
     def __init__(self, blocks: int, margin: float) -> None:
         self._blocks, self._margin = blocks, margin
         self._lost: list[list[float]] = []
+        self._ranked: list[list[float]] = []
         self._sums = [0.0, 0.0]
         self._count = 0
+        self._ranks = [0.0, 0.0, 0.0]
         self.serves = False
         """Whether the learning one is heard."""
 
@@ -51,6 +68,20 @@ class Guard:
         self._sums[0] += float(frozen.sum())
         self._sums[1] += float(learning.sum())
         self._count += len(frozen)
+
+    def rank(self, frozen: npt.NDArray[np.float64], learning: npt.NDArray[np.float64]) -> None:
+        """The reciprocal ranks that both gave to what came, for some interactions."""
+        self._ranks[0] += float(frozen.sum())
+        self._ranks[1] += float(learning.sum())
+        self._ranks[2] += len(frozen)
+
+    @property
+    def mean_reciprocal_ranks(self) -> tuple[float, float]:
+        """Of frozen and learning, over the finished blocks that are remembered; NaN without any."""
+        frozen, learning, count = (
+            (math.fsum(column) for column in zip(*self._ranked, strict=True)) if self._ranked else (0, 0, 0)
+        )
+        return (frozen / count, learning / count) if count else (math.nan, math.nan)
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -67,15 +98,19 @@ class Guard:
         if not math.isfinite(mean[1]):
             return self.forget()
         self._lost = [*self._lost, mean][-self._blocks :]
+        self._ranked = [*self._ranked, self._ranks][-self._blocks :]
+        self._ranks = [0.0, 0.0, 0.0]
         frozen, learning = self.losses
+        before, now = self.mean_reciprocal_ranks
+        ranks_worse = now < before  # False where nothing was ranked
         share = len(self._lost) / self._blocks
         # Not only when the window is full: a collapse is not waited out.
         if share * (learning - frozen) > (_COLLAPSE - 1) * frozen:
             return self.forget()
-        if self.serves and learning > frozen:
+        if self.serves and (learning > frozen or ranks_worse):
             self.serves = False
             return "falls back"
-        if not self.serves and share == 1 and learning < (1 - self._margin) * frozen:
+        if not (self.serves or ranks_worse) and share == 1 and learning < (1 - self._margin) * frozen:
             self.serves = True
             return "takes over"
         return "go on"
@@ -84,6 +119,7 @@ class Guard:
         """The frozen one is heard, and the comparison begins anew."""
         served, self.serves = self.serves, False
         self._lost, self._sums, self._count = [], [0.0, 0.0], 0
+        self._ranked, self._ranks = [], [0.0, 0.0, 0.0]
         return "falls back and restart" if served else "restart"
 
     def snapshot(self) -> dict[str, Any]:
@@ -93,6 +129,8 @@ class Guard:
             "lost": [list(block) for block in self._lost],
             "sums": list(self._sums),
             "count": self._count,
+            "ranked": [list(block) for block in self._ranked],
+            "ranks": list(self._ranks),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -101,3 +139,5 @@ class Guard:
         self._lost = [[float(loss) for loss in block] for block in saved["lost"]]
         self._sums = [float(total) for total in saved["sums"]]
         self._count = int(saved["count"])
+        self._ranked = [[float(total) for total in block] for block in saved["ranked"]]
+        self._ranks = [float(total) for total in saved["ranks"]]

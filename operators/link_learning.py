@@ -17,12 +17,19 @@ from stepstream.models.dyngraph.nat_caches import slots
 from stepstream.models.dyngraph.online import Batch, Fill, OnlineLearner, Part, clone_state
 from stepstream.operators import base
 from stepstream.operators.base import Context
-from stepstream.operators.link_guard import Guard, Verdict, link_losses
+from stepstream.operators.link_guard import Guard, Verdict, link_losses, reciprocal_ranks
 
 __all__ = ["GraphLearning", "LearnOptions"]
 
 _MET = 32
 """How many of the destinations that a source met last are drawn from, as many as NAT's cache can hold."""
+
+
+_RANKED_EVERY = 4
+"""One interaction in so many is ranked for the guard: with both models that is a sixth of what learning costs."""
+
+_RANKED_AMONG = 64
+"""How many of the destinations that a source did not meet lately it is ranked among; they stand for all of these."""
 
 
 class Drawn(NamedTuple):
@@ -95,6 +102,7 @@ class GraphLearning:
     def observe(self, frozen: GraphState, batch: Batch, destinations: Sequence[int], context: Context) -> None:
         """Both models foretell interactions that neither has taken in; then the learned state does."""
         source, destination, time_ns, _ = batch
+        self._rank(frozen, batch, destinations, context)
         drawn = self._drawn(source, destination, destinations)
         candidates = torch.cat((destination[:, None], drawn.destination), 1)
         # As in `link_loss`: what is drawn rarely stands for many, so that it is the choice among all that is judged.
@@ -112,6 +120,48 @@ class GraphLearning:
         self.model.update(self.state, *batch)
         self._seen += len(source)
         self._window.append((batch, drawn))
+
+    def _rank(self, frozen: GraphState, batch: Batch, known: Sequence[int], context: Context) -> None:
+        """Tells the guard how both models rank what came, among all destinations, estimated from a few.
+
+        Those that the source met last stand for themselves, others that are drawn for all that it did not meet.
+        """
+        source, destination, time_ns, _ = batch
+        first = -self._seen % _RANKED_EVERY
+        rows, weights = [], []
+        met: dict[int, list[int]] = {}
+        for i, (mine, true) in enumerate(zip(source.tolist(), destination.tolist(), strict=True)):
+            before = met.get(mine, self._met.get(mine, []))
+            met[mine] = _met_after(before, true)
+            if i % _RANKED_EVERY == first:
+                near = [node for node in before if node != true]
+                drawn = self._others(self._seen + i, known, {true, *near})
+                # All destinations, but those that stand for themselves.
+                rest = max(0, len(known) - len(near) - 1)
+                each = rest / len(drawn) if drawn else 0.0
+                room = _MET + _RANKED_AMONG - len(near) - len(drawn)
+                rows.append([true, *near, *drawn, *[true] * room])
+                weights.append([1.0] * len(near) + [each] * len(drawn) + [0.0] * room)
+        if not rows:
+            return
+        some = slice(first, None, _RANKED_EVERY)
+        candidates, stands_for = torch.tensor(rows), np.array(weights)
+        ranks = [
+            reciprocal_ranks(model.score(state, source[some], candidates, time_ns[some]).numpy(), stands_for)
+            for model, state in ((self._frozen, frozen), (self.model, self.state))
+        ]
+        self.guard.rank(*ranks)
+        context.count("ranked", len(rows))
+        for name, found in zip(("frozen", "learned"), ranks, strict=True):
+            context.count(f"reciprocal_rank_{name}_millionths", round(1e6 * float(found.sum())))
+
+    def _others(self, number: int, known: Sequence[int], but: set[int]) -> list[int]:
+        """Some distinct destinations that are not `but`, decided by seed and number of the interaction: all, if few."""
+        if len(known) <= _RANKED_AMONG:
+            return [node for node in known if node not in but]
+        numbers = torch.arange(number * _RANKED_AMONG, (number + 1) * _RANKED_AMONG)
+        places = slots(numbers, 1 << 53, self._options.seed + 1).tolist()
+        return [node for node in dict.fromkeys(known[place % len(known)] for place in places) if node not in but]
 
     def settle(self, frozen: GraphState, destinations: int, context: Context) -> None:
         """At the end of a window: who is heard from now on, and a step of learning. `frozen`: the state with it."""
@@ -162,7 +212,7 @@ class GraphLearning:
             drawn.append(random + before)
             often = [count / len(known)] * count + [historical / max(1, len(met))] * historical
             expected.append([0.0 if node == true else o for node, o in zip(drawn[-1], often, strict=True)])
-            self._met[mine] = [*(node for node in met if node != true), true][-_MET:]
+            self._met[mine] = _met_after(met, true)
         return Drawn(torch.tensor(drawn), torch.tensor(expected))
 
     # ---- what is kept
@@ -200,6 +250,11 @@ class GraphLearning:
         self._met = {}
         for mine, node in torch.as_tensor(saved["met"]).tolist():
             self._met.setdefault(mine, []).append(node)
+
+
+def _met_after(before: Sequence[int], destination: int) -> list[int]:
+    """The destinations that a source met last, the latest at the end."""
+    return [*(node for node in before if node != destination), destination][-_MET:]
 
 
 def _joined(window: Sequence[tuple[Batch, Drawn]], *, in_order: bool = True) -> tuple[Batch, Drawn]:

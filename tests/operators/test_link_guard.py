@@ -9,12 +9,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstream.operators.link_guard import Guard, Verdict, link_losses
+from stepstream.operators.link_guard import Guard, Verdict, link_losses, reciprocal_ranks
 
 
-def closed(guard: Guard, frozen: float, learning: float, count: int = 5) -> Verdict:
+def closed(
+    guard: Guard, frozen: float, learning: float, count: int = 5, ranks: tuple[float, float] | None = None
+) -> Verdict:
     guard.add(np.full(count, frozen), np.full(count, learning))
+    if ranks is not None:
+        guard.rank(np.full(2, ranks[0]), np.full(2, ranks[1]))
     return guard.close()
+
+
+def test_a_rank_counts_those_above_and_half_the_ties_by_what_they_stand_for() -> None:
+    nan = math.nan
+    scores = np.array([[1, 2, 0, 1], [5, 2, 0, 1], [1, nan, nan, 3], [nan, 0, 0, 0]], dtype=np.float32)
+    weights = np.array([[1, 10, 4], [1, 10, 4], [1, 10, 4], [1, 10, 0]], dtype=np.float64)
+    np.testing.assert_allclose(1 / reciprocal_ranks(scores, weights), [1 + 1 + 2, 1, 1 + 4, 1 + 11])
+
+
+def test_what_ranks_worse_is_not_heard_however_little_it_loses() -> None:
+    guard = Guard(blocks=2, margin=0.1)
+    assert [closed(guard, 1.0, 0.5, ranks=(0.8, 0.7)) for _ in range(4)] == ["go on"] * 4
+    # Over both blocks together it ranks as well.
+    assert closed(guard, 1.0, 0.5, ranks=(0.7, 0.8)) == "takes over"
+    assert guard.mean_reciprocal_ranks == pytest.approx((0.75, 0.75))
+    assert closed(guard, 1.0, 0.5, ranks=(0.8, 0.8)) == "go on" and guard.serves
+    assert closed(guard, 1.0, 0.5, ranks=(0.8, 0.7)) == "falls back" and not guard.serves
+    # Ranking better is not enough.
+    guard = Guard(blocks=2, margin=0.1)
+    assert [closed(guard, 1.0, 0.95, ranks=(0.1, 0.9)) for _ in range(4)] == ["go on"] * 4
+    assert closed(guard, 1.0, 9.0, ranks=(0.1, 0.9)) == "restart"
+    assert all(math.isnan(rank) for rank in guard.mean_reciprocal_ranks)
 
 
 def test_the_loss_is_the_cross_entropy_of_choosing_the_true_one_whatever_is_added_to_all_scores() -> None:
@@ -72,8 +98,9 @@ def test_noise_around_equal_losses_does_not_make_them_take_turns(seed: int, marg
 def test_a_restored_guard_goes_on_as_the_one_it_was(losses: list[tuple[float, float]], cut: int) -> None:
     guard, copy = Guard(3, 0.05), Guard(3, 0.05)
     for frozen, learning in losses[:cut]:
-        closed(guard, frozen, learning)
+        closed(guard, frozen, learning, ranks=(learning, frozen))
     guard.add(np.array([0.7]), np.array([0.1]))
+    guard.rank(np.array([0.3]), np.array([0.2]))
     copy.restore(guard.snapshot())
     assert [closed(guard, *pair) for pair in losses[cut:]] == [closed(copy, *pair) for pair in losses[cut:]]
     assert guard.snapshot() == copy.snapshot()
