@@ -8,19 +8,30 @@ from typing import Any, TypeVar
 
 import numba
 
-__all__ = ["inlined", "kernel"]
+__all__ = ["fast_kernel", "inlined", "kernel"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+# Sums may be reordered (so that they vectorise), but infinities and zeros keep their meaning.
+_FAST = {"reassoc", "contract", "nsz"}
+
+
 def kernel(function: Function) -> Function:
     """Compiled at its first call, for the types it is then given; without the interpreter's lock."""
-    compiled: Any = numba.njit(nogil=True)(function)
+    return _kept(numba.njit(nogil=True)(function))
+
+
+def fast_kernel(function: Function) -> Function:
+    """The same where sums of float32 may be reordered: the last bits depend on the kind of processor."""
+    return _kept(numba.njit(nogil=True, fastmath=_FAST)(function))
+
+
+def _kept(compiled: Any) -> Any:
     # Without a folder to write to, as in a read-only container, every process compiles anew.
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
-    result: Function = compiled
-    return result
+    return compiled
 
 
 def inlined(function: Function) -> Function:

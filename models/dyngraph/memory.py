@@ -15,6 +15,7 @@ from stepstream.models.dyngraph.attention import LinkDecoder
 from stepstream.models.dyngraph.base import GraphModel, GraphState
 from stepstream.models.dyngraph.events import Ends, Interactions, arrange, clock_state, ring_state
 from stepstream.models.dyngraph.pres import Smoother, incoherence
+from stepstream.models.dyngraph.pres_kernels import find_kinds
 
 __all__ = ["CHUNK", "MemoryConfig", "MemoryModel", "Reading", "training_step"]
 
@@ -164,6 +165,9 @@ class MemoryModel(nn.Module, GraphModel):
 
     def _kind(self, state: GraphState, node: Tensor, other: Tensor) -> Tensor:
         """Which component of PRES's mixture an interaction belongs to: see `KINDS`."""
+        if node.is_cpu and state["ring_ids"].is_cpu:
+            columns = node, other, state["ring_ids"], state["count"]
+            return torch.from_numpy(find_kinds(*(column.contiguous().numpy() for column in columns)))
         ids = state["ring_ids"].index_select(0, node)
         known = ids == other[:, None]
         known &= torch.arange(ids.shape[1], device=ids.device) < state["count"].index_select(0, node)[:, None]

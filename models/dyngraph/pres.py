@@ -9,12 +9,14 @@ abstract and the public code: the full text was not at hand, so nothing here nam
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepstream.models.dyngraph.base import GraphState
+from stepstream.models.dyngraph.pres_kernels import Mixture, correct_rows, learn_rows
 
 __all__ = ["KINDS", "Smoother", "incoherence"]
 
@@ -88,6 +90,11 @@ class Smoother(nn.Module):
         self, state: GraphState, node: Tensor, before: Tensor, measured: Tensor, gap: Tensor, kind: Tensor | None
     ) -> Tensor:
         """Memories after `gap` float32 seconds [n], from those before and those measured, [n, width] each."""
+        if kind is not None and not torch.is_grad_enabled() and _compiles(state, measured):
+            after = measured.clone(memory_format=torch.contiguous_format)
+            first, second, time = _arrays(before, after, gap)
+            correct_rows(_mixture(state), node.numpy(), kind.numpy(), first, second, time, float(self.gamma))
+            return after
         scale = (1 + torch.log1p(gap))[:, None]
         predicted = before + (scale * self.drift(state, node, kind)).clamp(-1, 1)
         return torch.lerp(predicted, measured, self.gamma)
@@ -97,9 +104,26 @@ class Smoother(nn.Module):
         self, state: GraphState, node: Tensor, before: Tensor, after: Tensor, gap: Tensor, kind: Tensor, counts: Tensor
     ) -> None:
         """Takes the changes of distinct nodes into their statistics, where `counts` (bool [n]); in place."""
-        weight = counts.to(torch.float32)
+        if _compiles(state, after):
+            first, second, time = _arrays(before, after, gap)
+            learn_rows(_mixture(state), node.numpy(), kind.numpy(), first, second, time, counts.numpy())
+            return
+        weight = counts.to(after.dtype)
         change = (after - before) * (weight / (1 + torch.log1p(gap)))[:, None]
         row = node * KINDS + kind
         state["changes"].view(-1).index_add_(0, row, weight)
         state["change_sum"].view(-1, self.width).index_add_(0, row, change)
         state["change_square"].view(-1, self.width).index_add_(0, row, change.square())
+
+
+def _compiles(state: GraphState, memory: Tensor) -> bool:
+    """Whether all is where compiled code can reach it."""
+    return memory.is_cpu and memory.dtype == torch.float32 and state["changes"].is_cpu
+
+
+def _mixture(state: GraphState) -> Mixture:
+    return state["changes"].numpy(), state["change_sum"].numpy(), state["change_square"].numpy()
+
+
+def _arrays(*columns: Tensor) -> Any:
+    return tuple(column.detach().contiguous().numpy() for column in columns)

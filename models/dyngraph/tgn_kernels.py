@@ -6,34 +6,22 @@ Compiled by numba at the first call, which takes seconds; the result is kept on 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from stepstream.models.dyngraph.compiled import fast_kernel
+from stepstream.models.dyngraph.pres_kernels import correct_row, learn_row
 
 __all__ = ["pool_rings", "score_few", "take_one"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-# Sums may be reordered (so that they vectorise), but infinities and zeros keep their meaning.
-_FAST = {"reassoc", "contract", "nsz"}
 
 
-def _compiled(function: Function) -> Function:
-    compiled: Any = numba.njit(nogil=True, fastmath=_FAST)(function)
-    with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled again in the next process
-        compiled.enable_caching()
-    result: Function = compiled
-    return result
-
-
-@_compiled
+@fast_kernel
 def _affine(weight: Floats, x: Floats, out: Floats) -> None:
     """Adds weight x to `out`."""
     for j in range(weight.shape[0]):
@@ -43,7 +31,7 @@ def _affine(weight: Floats, x: Floats, out: Floats) -> None:
         out[j] += total
 
 
-@_compiled
+@fast_kernel
 def _through(x: Floats, weight: Floats, out: Floats) -> None:
     """Adds x^T weight to `out`."""
     for i in range(weight.shape[0]):
@@ -52,12 +40,12 @@ def _through(x: Floats, weight: Floats, out: Floats) -> None:
             out[j] += factor * weight[i, j]
 
 
-@_compiled
+@fast_kernel
 def _seconds(later: int, earlier: int) -> Any:
     return np.float32(max(later - earlier, 0)) * np.float32(1e-9)
 
 
-@_compiled
+@fast_kernel
 def _encode_into(gap: float, frequency: Floats, phase: Floats, out: Floats, row: int, first: int) -> None:
     """As `TimeEncoder`, into a row from column `first` on: the cosine is its Taylor series to the 16th power of an
     angle in -pi .. pi, off by 1e-6.
@@ -79,13 +67,13 @@ def _encode_into(gap: float, frequency: Floats, phase: Floats, out: Floats, row:
         out[row, first + i] = one - x * np.float32(1 / 2) * y
 
 
-@_compiled
+@fast_kernel
 def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
     """The same into a vector of its own."""
     _encode_into(gap, frequency, phase, out.reshape(1, len(out)), 0, 0)
 
 
-@_compiled
+@fast_kernel
 def _gru(x: Floats, h: Floats, cell: tuple[Floats, Floats, Floats, Floats]) -> Floats:
     """A step of `nn.GRUCell`, gates in its order: reset, update, new."""
     d = len(h)
@@ -102,33 +90,7 @@ def _gru(x: Floats, h: Floats, cell: tuple[Floats, Floats, Floats, Floats]) -> F
     return out
 
 
-@_compiled
-def _learn(counts: Floats, total: Floats, square: Floats, before: Floats, after: Floats, gap: float) -> None:
-    """As `Smoother.learn`, for one node's component."""
-    scale = np.float32(1 / (1 + math.log1p(gap)))
-    counts[0] += 1
-    for i in range(len(total)):
-        change = (after[i] - before[i]) * scale
-        total[i] += change
-        square[i] += change * change
-
-
-@_compiled
-def _correct(
-    count: float, total: Floats, square: Floats, before: Floats, after: Floats, gap: float, gamma: float
-) -> None:
-    """As `Smoother.correct`, for one node's component; `after` in place."""
-    scale, n = np.float32(1 + math.log1p(gap)), np.float32(count + 1)
-    for i in range(len(total)):
-        mean = total[i] / n
-        signal = n * mean * mean
-        noise = max(square[i] / n - mean * mean, np.float32(0))
-        move = scale * mean * signal / (signal + noise + np.float32(1e-12))
-        predicted = before[i] + min(max(move, np.float32(-1)), np.float32(1))
-        after[i] = predicted + np.float32(gamma) * (after[i] - predicted)
-
-
-@_compiled
+@fast_kernel
 def take_one(
     ends: tuple[int, int, int],
     given: Floats,
@@ -176,10 +138,7 @@ def take_one(
         if smooth:
             if seen > 0:
                 c = kind[node]
-                _learn(
-                    mixture[0][node, c : c + 1], mixture[1][node, c], mixture[2][node, c],
-                    memory[node], olds[k], _seconds(lag[node], 0),
-                )  # fmt: skip
+                learn_row(mixture, node, c, memory, node, olds, k, _seconds(lag[node], 0))
             kind[node] = 1
             for i in range(min(seen, slots)):
                 if rings[0][node, i] == partner:
@@ -201,11 +160,11 @@ def take_one(
         after = _gru(message, olds[k], cell)
         if smooth:
             c = kind[node]
-            _correct(mixture[0][node, c], mixture[1][node, c], mixture[2][node, c], olds[k], after, gap, gamma)
+            correct_row(mixture, node, c, olds, after.reshape(1, width), k, 0, gap, gamma)
         current[node] = after
 
 
-@_compiled
+@fast_kernel
 def _pool(
     node: int,
     now: int,
@@ -253,7 +212,7 @@ def _pool(
                 pooled[row, h, i] += weight * entries[k, i]
 
 
-@_compiled
+@fast_kernel
 def pool_rings(
     node: Ints,
     time_ns: Ints,
@@ -284,7 +243,7 @@ def pool_rings(
     return pooled
 
 
-@_compiled
+@fast_kernel
 def _embed(
     node: int,
     now: int,
@@ -326,7 +285,7 @@ def _embed(
     return embedding
 
 
-@_compiled
+@fast_kernel
 def score_few(
     source: Ints,
     destination: Ints,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.models.dyngraph.memory_forms import NAMES, START, a_model, a_stream, copied, differences, part, run, take
 from torch import Tensor
 
@@ -166,3 +168,35 @@ def test_a_repeated_pattern_is_learned(name: str) -> None:
         take(model, state, batch)
     precision = average_precision(torch.cat(positive), torch.cat(negative))
     assert precision > 0.8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6))
+def test_compiled_statistics_are_those_in_torch(seed: int, width: int) -> None:
+    """In float64, and with gradients, torch does it."""
+    smoother = Smoother(width, gamma=0.7)
+    random = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    state = smoother.initial_state(5, torch.device("cpu"))
+    wide = {name: leaf.double() for name, leaf in state.items()}
+    for step in range(6):
+        node = torch.randperm(5, generator=random)[:3]
+        kind = torch.randint(0, 2, (3,), generator=random)
+        before, measured = numbers(3, 2 * width)[:, :width], numbers(3, width)
+        gap = 10 ** (numbers(3) * 3)
+        with torch.no_grad():
+            after = smoother.correct(state, node, before, measured, gap, kind)
+            wanted = smoother.double().correct(wide, node, before.double(), measured.double(), gap.double(), kind)
+            smoother.float()
+        torch.testing.assert_close(after, wanted.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            after, smoother.correct(state, node, before, measured, gap, kind), rtol=1e-4, atol=1e-5
+        )
+        counts = torch.tensor([True, step % 2 == 0, False])
+        smoother.learn(state, node, before, after, gap, kind, counts)
+        smoother.learn(wide, node, before.double(), after.double(), gap.double(), kind, counts)
+        for name, leaf in state.items():
+            torch.testing.assert_close(leaf, wide[name].float(), rtol=1e-4, atol=1e-5)
