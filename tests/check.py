@@ -1,6 +1,9 @@
 """Everything a change must pass: lint, format, types, tests. Stops at the first that fails.
 
 uv run python tests/check.py [arguments for pytest]
+
+Tests run in as many processes as there are processors, four at most, a file in one of them: half of them wait for
+brokers and workers. `-n 0` runs them in one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ CHECKS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
-    ("pytest", "-q", *sys.argv[1:]),
+    ("pytest", "-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", *sys.argv[1:]),
 )
 
 
