@@ -208,24 +208,38 @@ class ContinualAttention(Layer):
 
     def fusible(self, x: Tensor, state: Tree) -> bool:
         """Whether `advance` takes one pass over the ring, in a kernel of `stepstream.models.continual.kernels`."""
-        data = state["keys_values"]["data"]
-        shape = (2 * self.kv_heads, self.memory, self.head_width)
-        return data.shape[1:] == shape and usable(
-            x, self.in_proj_weight, data, dropout=self.training and self.dropout > 0
+        data, clock = state["keys_values"]["data"], state["clock"]
+        streams = clock.shape[0]
+        return (
+            data.shape == (streams, 2 * self.kv_heads, self.memory, self.head_width)
+            and clock.is_contiguous()
+            and usable(x, self._parameters["in_proj_weight"], data, dropout=self.training and self.dropout > 0)
         )
+
+    def own_parameters(self) -> tuple[Tensor | None, ...]:
+        """in_proj_weight, in_proj_bias, the bias by age, and the bits of the rotary frequencies."""
+        own, ages, rotary = self._parameters, self.age_bias, self.rotary
+        bits = None if rotary is None else rotary.get_buffer("frequency_bits")
+        return own["in_proj_weight"], own.get("in_proj_bias"), None if ages is None else ages.weight, bits
+
+    def marked(self, batch: int, state: Tree, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows of a batch are present, and the leaf that remembers it; None if all are, always."""
+        present = self._checked(present)
+        if not self.absent:
+            return None, None
+        return torch.ones(batch, dtype=torch.bool) if present is None else present, state["present"]
 
     def fused_state(
         self, batch: int, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None
     ) -> tuple[NDArray[Any], ...]:
         """What the kernels want of a layer's state and of what comes with a step, in their order."""
-        present = self._checked(present)
-        here = torch.ones(batch, dtype=torch.bool) if self.absent and present is None else present
+        here, leaf = self.marked(batch, state, present)
         return (
             *as_arrays(state["keys_values"]["data"], state["clock"]),
             or_empty(rows, np.int64),
             or_empty(due, np.bool_),
             or_empty(here, np.bool_),
-            or_empty(state["present"] if self.absent else None, np.bool_, 2),
+            or_empty(leaf, np.bool_, 2),
             or_empty(None if self.age_bias is None else self.age_bias.weight, np.float32, 2),
         )
 

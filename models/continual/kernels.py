@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 __all__ = ["attention_step", "encoder_step", "finish_step"]
@@ -34,6 +36,23 @@ def kernel(function: Function) -> Function:
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
     return compiled
+
+
+def _pointer_to(kind: Any) -> Any:
+    """What makes a pointer to numbers of that kind of an address."""
+
+    @intrinsic
+    def pointer(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), generate
+
+    return pointer
+
+
+_floats, _doubles = _pointer_to(types.float32), _pointer_to(types.float64)
+_integers, _bytes = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
 @kernel
@@ -316,42 +335,75 @@ def _finish(
 
 
 @kernel
+def _layer(table: Array) -> Any:
+    """The weights, biases and other arrays of an encoder layer, where `table` says that they lie: see `LayerTable`."""
+    heads, groups, head_width, memory, hidden = table[0], table[1], table[2], table[3], table[4]
+    width = heads * head_width
+    shapes = (width, width, width, hidden, width)
+    at = table[8:]
+    weights = (
+        numba.carray(_floats(at[0]), (width, width)),
+        numba.carray(_floats(at[2]), (width,)),
+        numba.carray(_floats(at[4]), (width,)),
+        numba.carray(_floats(at[6]), (hidden, width)),
+        numba.carray(_floats(at[8]), (width, hidden)),
+    )
+    biases = (
+        numba.carray(_floats(at[1]), (shapes[0] if at[1] else 0,)),
+        numba.carray(_floats(at[3]), (shapes[1] if at[3] else 0,)),
+        numba.carray(_floats(at[5]), (shapes[2] if at[5] else 0,)),
+        numba.carray(_floats(at[7]), (shapes[3] if at[7] else 0,)),
+        numba.carray(_floats(at[9]), (shapes[4] if at[9] else 0,)),
+    )
+    out = width + 2 * groups * head_width
+    in_weight = numba.carray(_floats(at[10]), (out, width))
+    in_bias = numba.carray(_floats(at[11]), (out if at[11] else 0,))
+    age_bias = numba.carray(_floats(at[12]), (heads if at[12] else 0, memory))
+    frequencies = numba.carray(_doubles(at[13]), (head_width // 2 if at[13] else 0,))
+    return weights, biases, in_weight, in_bias, age_bias, frequencies
+
+
+@kernel
 def encoder_step(
-    x: Array,
-    ring: Array,
-    clock: Array,
-    rows: Array,
-    due: Array,
-    here: Array,
-    present: Array,
-    age_bias: Array,
-    frequencies: Array,
-    in_weight: Array,
-    in_bias: Array,
-    weights: tuple[Array, ...],
-    biases: tuple[Array, ...],
-    eps: Any,
-    norm_first: bool,
-    gelu: bool,
-    y: Array,
+    table: Array,
+    eps: float,
+    batch: int,
+    streams: int,
+    x_at: int,
+    ring_at: int,
+    clock_at: int,
+    rows_at: int,
+    due_at: int,
+    here_at: int,
+    present_at: int,
+    y_at: int,
 ) -> bool:
     """A whole encoder layer for each row, one after the other; what is not described here is as in `attention_step`.
 
-    x, y [B, width]; frequencies float64 [D / 2], or empty: no rotary positions; in_weight [(H + 2 K) D, width];
-    weights: of out_proj, norm1, norm2, linear1, linear2, in that order, and so their biases, each of which, and
-    in_bias, may be empty.
+    `table` int64: see `LayerTable`. Addresses of x, y [batch, width], of the state's leaves with so many `streams`,
+    and of rows, due, here, present, or 0, all of them contiguous: making thirty arrays of tensors takes as long as the
+    work does.
     """
-    if not _fits(x.shape[0], ring, clock, rows, due, here, present):
+    weights, biases, in_weight, in_bias, age_bias, frequencies = _layer(table)
+    heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
+    width = heads * head_width
+    x = numba.carray(_floats(x_at), (batch, width))
+    y = numba.carray(_floats(y_at), (batch, width))
+    ring = numba.carray(_floats(ring_at), (streams, 2 * groups, memory, head_width))
+    clock = numba.carray(_integers(clock_at), (streams,))
+    rows = numba.carray(_integers(rows_at), (batch if rows_at else 0,))
+    due = numba.carray(_bytes(due_at), (batch if due_at else 0,))
+    here = numba.carray(_bytes(here_at), (batch if here_at else 0,))
+    present = numba.carray(_bytes(present_at), (streams if present_at else 0, memory))
+    if not _fits(batch, ring, clock, rows, due, here, present):
         return False
-    memory, head_width = ring.shape[2:]
-    heads = x.shape[1] // head_width
-    groups = ring.shape[1] // 2
+    norm_first, gelu = table[5] != 0, table[6] != 0
     scores = np.empty(memory, np.float32)
     qkv = np.empty((heads + 2 * groups, head_width), np.float32)
     flat = qkv.reshape(-1)
     attended = np.empty((heads, head_width), np.float32)
-    normed = np.empty(x.shape[1], np.float32)
-    for b in range(x.shape[0]):
+    normed = np.empty(width, np.float32)
+    for b in range(batch):
         row = rows[b] if rows.shape[0] else b
         if due.shape[0] and not due[b]:
             y[b] = np.float32(0)
@@ -373,17 +425,13 @@ def encoder_step(
 
 
 @kernel
-def finish_step(
-    x: Array,
-    attended: Array,
-    weights: tuple[Array, ...],
-    biases: tuple[Array, ...],
-    eps: Any,
-    norm_first: bool,
-    gelu: bool,
-    y: Array,
-) -> bool:
-    """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [B, width]."""
-    for b in range(x.shape[0]):
-        _finish(x[b], attended[b], weights, biases, eps, norm_first, gelu, y[b])
+def finish_step(table: Array, eps: float, batch: int, x_at: int, attended_at: int, y_at: int) -> bool:
+    """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [batch, width]."""
+    weights, biases, _, _, _, _ = _layer(table)
+    width = table[0] * table[2]
+    x = numba.carray(_floats(x_at), (batch, width))
+    attended = numba.carray(_floats(attended_at), (batch, width))
+    y = numba.carray(_floats(y_at), (batch, width))
+    for b in range(batch):
+        _finish(x[b], attended[b], weights, biases, eps, table[5] != 0, table[6] != 0, y[b])
     return True
