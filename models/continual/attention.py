@@ -14,6 +14,7 @@ from stepstream.models.base import Tree
 from stepstream.models.continual.base import Layer, fresh_clock, put, take, tick
 from stepstream.models.continual.cache import Precision, empty_ring, read_ring, write_ring
 from stepstream.models.continual.fused import as_arrays, call_kernel, or_empty, usable
+from stepstream.models.continual.packed import Packed
 from stepstream.models.continual.positions import AgeBias, Rotary
 
 __all__ = ["ContinualAttention", "Positions", "attend"]
@@ -83,16 +84,27 @@ class ContinualAttention(Layer):
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
             nn.init.zeros_(self.out_proj.bias)
+        self._packed = Packed(), Packed()
         self.rotary = Rotary(self.head_width) if positions == "rotary" else None
         self.age_bias = AgeBias(heads, memory) if positions == "relative" else None
 
     def project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X [..., width] at `time` [...] -> queries, keys, values [..., heads, head width], keys as they are cached."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = self._project_in(x)
         q, k, v = qkv.view(*x.shape[:-1], -1, self.head_width).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.rotary is not None:
             q, k = self.rotary(q, time), self.rotary(k, time)
         return q, k, v
+
+    def _project_in(self, x: Tensor) -> Tensor:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, weight, bias)
+        return self._packed[0].linear(x, weight, bias)
+
+    def project_out(self, attended: Tensor) -> Tensor:
+        """`out_proj`, of what all heads took: [..., width] -> the same."""
+        return self._packed[1].through(self.out_proj, attended)
 
     def project_query(self, x: Tensor, time: Tensor) -> Tensor:
         """The queries alone: x [..., width] at `time` [...] -> [..., heads, head width]."""
@@ -146,7 +158,7 @@ class ContinualAttention(Layer):
                 self._attend(q[..., start:stop, :], k[..., first:stop, :], v[..., first:stop, :], seen, bias)
             )
         attended = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        result: Tensor = self.out_proj(attended.transpose(1, 2).reshape(batch, time, self.width))
+        result: Tensor = self.project_out(attended.transpose(1, 2).reshape(batch, time, self.width))
         return result
 
     def _checked(self, present: Tensor | None) -> Tensor | None:
@@ -190,7 +202,7 @@ class ContinualAttention(Layer):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
         if self.fusible(x, state):
-            return self.out_proj(self._fused(x, state, rows, due, present)), due
+            return self.project_out(self._fused(x, state, rows, due, present)), due
         clock = tick(state, rows, due)
         q, k, v = self.project(x, clock)
         slots = torch.arange(self.memory, device=x.device)
@@ -204,7 +216,7 @@ class ContinualAttention(Layer):
             bias = self.age_bias((clock[:, None] - slots) % self.memory).movedim(-1, 1)[:, :, None]
         keys, values = read_ring(state["keys_values"], rows, x.dtype).chunk(2, dim=1)
         attended = self._attend(q[:, :, None], keys, values, seen[:, None, None], bias)
-        return self.out_proj(attended.reshape(x.shape[0], self.width)), due
+        return self.project_out(attended.reshape(x.shape[0], self.width)), due
 
     def fusible(self, x: Tensor, state: Tree) -> bool:
         """Whether `advance` takes one pass over the ring, in a kernel of `stepstream.models.continual.kernels`."""
@@ -245,7 +257,7 @@ class ContinualAttention(Layer):
 
     def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
         """`advance` without the last projection: [B, width]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(x.shape[0], -1, self.head_width)
+        qkv = self._project_in(x).view(x.shape[0], -1, self.head_width)
         if self.rotary is not None:
             rotated = self.heads + self.kv_heads
             qkv[:, :rotated] = self.rotary(qkv[:, :rotated], take(state["clock"], rows))

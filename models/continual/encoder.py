@@ -15,6 +15,7 @@ from stepstream.models.continual.attention import ContinualAttention, Positions
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.cache import Precision
 from stepstream.models.continual.fused import Prepared, address, call_kernel, parameters_of, usable, vector
+from stepstream.models.continual.packed import Packed
 
 __all__ = ["Activation", "Encoder", "EncoderLayer"]
 
@@ -80,6 +81,7 @@ class EncoderLayer(Layer):
         self.activation: Activation = activation
         self.norm_first, self.dropout = norm_first, nn.Dropout(dropout)
         self.receptive_field = memory
+        self._packed = Packed(), Packed()
         self._prepared: Prepared[LayerTable | None] = Prepared()
 
     def before(self, x: Tensor) -> Tensor:
@@ -96,8 +98,8 @@ class EncoderLayer(Layer):
         return result
 
     def _feedforward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))
-        result: Tensor = self.dropout(self.linear2(hidden))
+        hidden = self.dropout(_ACTIVATIONS[self.activation](self._packed[0].through(self.linear1, x)))
+        result: Tensor = self.dropout(self._packed[1].through(self.linear2, hidden))
         return result
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
@@ -135,7 +137,7 @@ class EncoderLayer(Layer):
         table = None if torch.compiler.is_compiling() or x.shape[0] > FEW else self._table(x)
         dropout = self.training and self.dropout.p > 0
         if table is None or not usable(x, attention.in_proj_weight, attended, dropout=dropout):
-            return self.finish(x, attention.out_proj(attended))
+            return self.finish(x, attention.project_out(attended))
         y, x = torch.empty(x.shape), x.contiguous()
         call_kernel("finish_step", *table, x.shape[0], x.data_ptr(), attended.data_ptr(), y.data_ptr())
         return y

@@ -11,7 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["Prepared", "address", "as_arrays", "call_kernel", "or_empty", "parameters_of", "usable", "vector"]
+__all__ = [
+    "Prepared",
+    "address",
+    "as_arrays",
+    "call_kernel",
+    "left_to_us",
+    "or_empty",
+    "parameters_of",
+    "usable",
+    "vector",
+]
 
 MANY = 1 << 20
 """Numbers in a ring from which torch's threads, where there are several, are worth more than a kernel's single one."""
@@ -42,22 +52,30 @@ def call_kernel(name: str, *arguments: Any) -> None:
 
 
 def usable(x: Tensor, weight: Tensor, data: Tensor, *, dropout: bool) -> bool:
-    """Whether a step of `x` with `weight` and the ring `data` may be fused: see `stepstream.models.continual.kernels`.
-
-    Not while torch compiles, exports, transforms or records gradients, which all need to see its operations.
-    """
+    """Whether a step of `x` with `weight` and the ring `data` may be one kernel of `stepstream.models.continual`."""
     return (
         not dropout
-        and type(x) is Tensor
-        and x.dtype == weight.dtype == data.dtype == torch.float32
+        and left_to_us(x, weight)
+        and data.dtype == torch.float32
+        and data.is_cpu
+        and data.is_contiguous()
+        and (data.numel() < MANY or torch.get_num_threads() == 1)
+    )
+
+
+def left_to_us(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch need not see what is done with `x` and `weight`, float32 on the processor.
+
+    It must while it compiles, exports, transforms or records gradients.
+    """
+    return (
+        type(x) is Tensor
+        and x.dtype == weight.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()  # noqa: SLF001 - nothing public tells
         and x.is_cpu
         and weight.is_cpu
-        and data.is_cpu
-        and data.is_contiguous()
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and (data.numel() < MANY or torch.get_num_threads() == 1)
     )
 
 

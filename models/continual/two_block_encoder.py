@@ -74,7 +74,7 @@ class TwoBlockEncoder(Layer):
         batch, steps = tokens.shape[:2]
         seen = (time >= 0)[:, None, None]
         attended = attend(q, k, v, seen).transpose(1, 2).reshape(batch, steps, self.width)
-        hidden = first.finish(tokens, first.self_attn.out_proj(attended))
+        hidden = first.finish(tokens, first.self_attn.project_out(attended))
         newest = newest[:, None]
         own = hidden.gather(1, newest[..., None].expand(-1, 1, self.width))
         attention = second.self_attn
