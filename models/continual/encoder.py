@@ -125,7 +125,7 @@ class EncoderLayer(Layer):
         """[B, width] -> [B, width], emitted where due."""
         if not torch.compiler.is_compiling() and x.shape[0] <= FEW:
             attention: Any = self._modules["self_attn"]
-            table = self._table(x)
+            table = self.table(x)
             if table is not None and attention.fusible(x, state):
                 return _fused(attention, table, x, state, rows, due, present), due
         attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
@@ -134,7 +134,7 @@ class EncoderLayer(Layer):
     def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
         """`finish`, after the attention's last projection: one step of a few rows, [B, width], in one kernel."""
         attention = self.self_attn
-        table = None if torch.compiler.is_compiling() or x.shape[0] > FEW else self._table(x)
+        table = None if torch.compiler.is_compiling() or x.shape[0] > FEW else self.table(x)
         dropout = self.training and self.dropout.p > 0
         if table is None or not usable(x, attention.in_proj_weight, attended, dropout=dropout):
             return self.finish(x, attention.project_out(attended))
@@ -142,7 +142,7 @@ class EncoderLayer(Layer):
         call_kernel("finish_step", *table, x.shape[0], x.data_ptr(), attended.data_ptr(), y.data_ptr())
         return y
 
-    def _table(self, x: Tensor) -> LayerTable | None:
+    def table(self, x: Tensor) -> LayerTable | None:
         """What the kernels want of the layer; None if it, or `x`, is not for a kernel."""
         # From their dicts: the way through `nn.Module.__getattr__` costs a microsecond for each.
         modules: dict[str, Any] = self._modules

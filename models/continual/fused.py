@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ MANY = 1 << 20
 
 Made = TypeVar("Made")
 
-_kernels: ModuleType | None = None
+_kernels: dict[str, Callable[..., Any]] = {}
 MISFIT = "rows, due and present were expected for each row of x, and rows to be slots of the state"
 _EMPTY: dict[tuple[type, int], NDArray[Any]] = {
     (kind, axes): np.zeros((0,) * axes, kind)
@@ -38,16 +37,16 @@ _EMPTY: dict[tuple[type, int], NDArray[Any]] = {
 
 
 def call_kernel(name: str, *arguments: Any) -> None:
-    """A kernel of `stepstream.models.continual.kernels`, which is imported late, as numba takes half a second.
+    """A kernel of `kernels` or `two_block_kernels`, which are imported late, as numba takes half a second.
 
     Raises IndexError, with nothing written, if a row is not a slot of the state, or is missing.
     """
-    global _kernels
-    if _kernels is None:
-        from stepstream.models.continual import kernels as module
+    if name not in _kernels:
+        from stepstream.models.continual import kernels, two_block_kernels
 
-        _kernels = module
-    if not getattr(_kernels, name)(*arguments):
+        for module in (kernels, two_block_kernels):
+            _kernels.update({each: getattr(module, each) for each in module.__all__})
+    if not _kernels[name](*arguments):
         raise IndexError(MISFIT)
 
 

@@ -20,7 +20,21 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-__all__ = ["attention_step", "encoder_step", "finish_step"]
+__all__ = [
+    "attention_step",
+    "bytes_at",
+    "encoder_step",
+    "feed_forward",
+    "finish_step",
+    "floats_at",
+    "integers_at",
+    "kernel",
+    "layer_at",
+    "layer_norm",
+    "linear",
+    "rotate",
+    "softmax",
+]
 
 Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,8 +65,8 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-_floats, _doubles = _pointer_to(types.float32), _pointer_to(types.float64)
-_integers, _bytes = _pointer_to(types.int64), _pointer_to(types.uint8)
+floats_at, doubles_at = _pointer_to(types.float32), _pointer_to(types.float64)
+integers_at, bytes_at = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
 @kernel
@@ -77,7 +91,7 @@ def _exp(x: Any) -> Any:
 
 
 @kernel
-def _linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
+def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
     """Y = weight x + bias for one vector; an empty bias is none. Four rows at a time: x is read once for them."""
     outs, ins = weight.shape
     for j in range(0, outs - 3, 4):
@@ -106,7 +120,7 @@ def _linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
 
 
 @kernel
-def _layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
+def layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
     """torch.nn.LayerNorm of one vector; an empty bias is none. `y` may be `x`."""
     width = x.shape[0]
     mean = np.float32(0)
@@ -125,7 +139,7 @@ def _layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> Non
 
 
 @kernel
-def _softmax(scores: Array, count: int) -> Any:
+def softmax(scores: Array, count: int) -> Any:
     """Exponentials of the first `count` scores less the largest, in place; returns 1 / their sum, 0 if all are -inf."""
     largest = np.float32(-np.inf)
     for t in range(count):
@@ -157,7 +171,7 @@ def _attend(
     count = min(clock + 1, memory)
     scale = np.float32(1) / np.sqrt(np.float32(width))
     whole = count - count % 4
-    for t in range(0, whole, 4):  # four keys at a time, as in `_linear`
+    for t in range(0, whole, 4):  # four keys at a time, as in `linear`
         s0 = np.float32(0)
         s1 = np.float32(0)
         s2 = np.float32(0)
@@ -184,7 +198,7 @@ def _attend(
         for t in range(count):
             if not present[t]:
                 scores[t] = np.float32(-np.inf)
-    total = _softmax(scores, count)
+    total = softmax(scores, count)
     for d in range(width):
         out[d] = np.float32(0)
     for t in range(0, whole, 4):
@@ -279,7 +293,7 @@ def attention_step(
 
 
 @kernel
-def _rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
+def rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
     """Rotary positions of the first `heads` vectors of qkv [.., D] at `clock`, in place; no frequencies: none."""
     half = frequencies.shape[0]
     for i in range(half):
@@ -294,7 +308,7 @@ def _rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
 
 
 @kernel
-def _finish(
+def feed_forward(
     x: Array,
     attended: Array,
     weights: tuple[Array, ...],
@@ -310,15 +324,15 @@ def _finish(
     width = x.shape[0]
     inner = np.empty(width, np.float32)
     hidden = np.empty(first.shape[0], np.float32)
-    _linear(out_weight, out_bias, attended, y)
+    linear(out_weight, out_bias, attended, y)
     for i in range(width):
         y[i] += x[i]
     if norm_first:
-        _layer_norm(y, norm2, norm2_bias, eps, inner)
+        layer_norm(y, norm2, norm2_bias, eps, inner)
     else:
-        _layer_norm(y, norm1, norm1_bias, eps, y)
+        layer_norm(y, norm1, norm1_bias, eps, y)
         inner[:] = y
-    _linear(first, first_bias, inner, hidden)
+    linear(first, first_bias, inner, hidden)
     if gelu:
         for i in range(hidden.shape[0]):
             v = hidden[i]
@@ -327,39 +341,39 @@ def _finish(
         for i in range(hidden.shape[0]):
             if hidden[i] < np.float32(0):  # but NaN stays NaN
                 hidden[i] = np.float32(0)
-    _linear(second, second_bias, hidden, inner)
+    linear(second, second_bias, hidden, inner)
     for i in range(width):
         y[i] += inner[i]
     if not norm_first:
-        _layer_norm(y, norm2, norm2_bias, eps, y)
+        layer_norm(y, norm2, norm2_bias, eps, y)
 
 
 @kernel
-def _layer(table: Array) -> Any:
+def layer_at(table: Array) -> Any:
     """The weights, biases and other arrays of an encoder layer, where `table` says that they lie: see `LayerTable`."""
     heads, groups, head_width, memory, hidden = table[0], table[1], table[2], table[3], table[4]
     width = heads * head_width
     shapes = (width, width, width, hidden, width)
     at = table[8:]
     weights = (
-        numba.carray(_floats(at[0]), (width, width)),
-        numba.carray(_floats(at[2]), (width,)),
-        numba.carray(_floats(at[4]), (width,)),
-        numba.carray(_floats(at[6]), (hidden, width)),
-        numba.carray(_floats(at[8]), (width, hidden)),
+        numba.carray(floats_at(at[0]), (width, width)),
+        numba.carray(floats_at(at[2]), (width,)),
+        numba.carray(floats_at(at[4]), (width,)),
+        numba.carray(floats_at(at[6]), (hidden, width)),
+        numba.carray(floats_at(at[8]), (width, hidden)),
     )
     biases = (
-        numba.carray(_floats(at[1]), (shapes[0] if at[1] else 0,)),
-        numba.carray(_floats(at[3]), (shapes[1] if at[3] else 0,)),
-        numba.carray(_floats(at[5]), (shapes[2] if at[5] else 0,)),
-        numba.carray(_floats(at[7]), (shapes[3] if at[7] else 0,)),
-        numba.carray(_floats(at[9]), (shapes[4] if at[9] else 0,)),
+        numba.carray(floats_at(at[1]), (shapes[0] if at[1] else 0,)),
+        numba.carray(floats_at(at[3]), (shapes[1] if at[3] else 0,)),
+        numba.carray(floats_at(at[5]), (shapes[2] if at[5] else 0,)),
+        numba.carray(floats_at(at[7]), (shapes[3] if at[7] else 0,)),
+        numba.carray(floats_at(at[9]), (shapes[4] if at[9] else 0,)),
     )
     out = width + 2 * groups * head_width
-    in_weight = numba.carray(_floats(at[10]), (out, width))
-    in_bias = numba.carray(_floats(at[11]), (out if at[11] else 0,))
-    age_bias = numba.carray(_floats(at[12]), (heads if at[12] else 0, memory))
-    frequencies = numba.carray(_doubles(at[13]), (head_width // 2 if at[13] else 0,))
+    in_weight = numba.carray(floats_at(at[10]), (out, width))
+    in_bias = numba.carray(floats_at(at[11]), (out if at[11] else 0,))
+    age_bias = numba.carray(floats_at(at[12]), (heads if at[12] else 0, memory))
+    frequencies = numba.carray(doubles_at(at[13]), (head_width // 2 if at[13] else 0,))
     return weights, biases, in_weight, in_bias, age_bias, frequencies
 
 
@@ -384,17 +398,17 @@ def encoder_step(
     and of rows, due, here, present, or 0, all of them contiguous: making thirty arrays of tensors takes as long as the
     work does.
     """
-    weights, biases, in_weight, in_bias, age_bias, frequencies = _layer(table)
+    weights, biases, in_weight, in_bias, age_bias, frequencies = layer_at(table)
     heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
     width = heads * head_width
-    x = numba.carray(_floats(x_at), (batch, width))
-    y = numba.carray(_floats(y_at), (batch, width))
-    ring = numba.carray(_floats(ring_at), (streams, 2 * groups, memory, head_width))
-    clock = numba.carray(_integers(clock_at), (streams,))
-    rows = numba.carray(_integers(rows_at), (batch if rows_at else 0,))
-    due = numba.carray(_bytes(due_at), (batch if due_at else 0,))
-    here = numba.carray(_bytes(here_at), (batch if here_at else 0,))
-    present = numba.carray(_bytes(present_at), (streams if present_at else 0, memory))
+    x = numba.carray(floats_at(x_at), (batch, width))
+    y = numba.carray(floats_at(y_at), (batch, width))
+    ring = numba.carray(floats_at(ring_at), (streams, 2 * groups, memory, head_width))
+    clock = numba.carray(integers_at(clock_at), (streams,))
+    rows = numba.carray(integers_at(rows_at), (batch if rows_at else 0,))
+    due = numba.carray(bytes_at(due_at), (batch if due_at else 0,))
+    here = numba.carray(bytes_at(here_at), (batch if here_at else 0,))
+    present = numba.carray(bytes_at(present_at), (streams if present_at else 0, memory))
     if not _fits(batch, ring, clock, rows, due, here, present):
         return False
     norm_first, gelu = table[5] != 0, table[6] != 0
@@ -414,24 +428,24 @@ def encoder_step(
         if present.shape[0]:
             present[row, time % memory] = here[b]
         if norm_first:
-            _layer_norm(x[b], weights[1], biases[1], eps, normed)
+            layer_norm(x[b], weights[1], biases[1], eps, normed)
         else:
             normed[:] = x[b]
-        _linear(in_weight, in_bias, normed, flat)
-        _rotate(qkv, heads + groups, time, frequencies)
+        linear(in_weight, in_bias, normed, flat)
+        rotate(qkv, heads + groups, time, frequencies)
         _stream_step(qkv, ring[row], time, age_bias, seen, scores, attended)
-        _finish(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
+        feed_forward(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
     return True
 
 
 @kernel
 def finish_step(table: Array, eps: float, batch: int, x_at: int, attended_at: int, y_at: int) -> bool:
     """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [batch, width]."""
-    weights, biases, _, _, _, _ = _layer(table)
+    weights, biases, _, _, _, _ = layer_at(table)
     width = table[0] * table[2]
-    x = numba.carray(_floats(x_at), (batch, width))
-    attended = numba.carray(_floats(attended_at), (batch, width))
-    y = numba.carray(_floats(y_at), (batch, width))
+    x = numba.carray(floats_at(x_at), (batch, width))
+    attended = numba.carray(floats_at(attended_at), (batch, width))
+    y = numba.carray(floats_at(y_at), (batch, width))
     for b in range(batch):
-        _finish(x[b], attended[b], weights, biases, eps, table[5] != 0, table[6] != 0, y[b])
+        feed_forward(x[b], attended[b], weights, biases, eps, table[5] != 0, table[6] != 0, y[b])
     return True
