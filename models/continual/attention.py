@@ -221,11 +221,12 @@ class ContinualAttention(Layer):
     def fusible(self, x: Tensor, state: Tree) -> bool:
         """Whether `advance` takes one pass over the ring, in a kernel of `stepstream.models.continual.kernels`."""
         data, clock = state["keys_values"]["data"], state["clock"]
-        streams = clock.shape[0]
+        streams, weight = clock.shape[0], self._parameters["in_proj_weight"]
         return (
             data.shape == (streams, 2 * self.kv_heads, self.memory, self.head_width)
             and clock.is_contiguous()
-            and usable(x, self._parameters["in_proj_weight"], data, dropout=self.training and self.dropout > 0)
+            and weight is not None
+            and usable(x, weight, data, dropout=self.training and self.dropout > 0)
         )
 
     def own_parameters(self) -> tuple[Tensor | None, ...]:

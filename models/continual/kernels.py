@@ -18,6 +18,7 @@ import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 __all__ = [
@@ -54,13 +55,14 @@ def kernel(function: Function) -> Function:
 
 def _pointer_to(kind: Any) -> Any:
     """What makes a pointer to numbers of that kind of an address."""
+    to: Any = types.CPointer
 
     @intrinsic
     def pointer(_: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-        return types.CPointer(kind)(types.intp), generate
+        return to(kind)(types.intp), generate
 
     return pointer
 
@@ -356,24 +358,24 @@ def layer_at(table: Array) -> Any:
     shapes = (width, width, width, hidden, width)
     at = table[8:]
     weights = (
-        numba.carray(floats_at(at[0]), (width, width)),
-        numba.carray(floats_at(at[2]), (width,)),
-        numba.carray(floats_at(at[4]), (width,)),
-        numba.carray(floats_at(at[6]), (hidden, width)),
-        numba.carray(floats_at(at[8]), (width, hidden)),
+        carray(floats_at(at[0]), (width, width)),
+        carray(floats_at(at[2]), (width,)),
+        carray(floats_at(at[4]), (width,)),
+        carray(floats_at(at[6]), (hidden, width)),
+        carray(floats_at(at[8]), (width, hidden)),
     )
     biases = (
-        numba.carray(floats_at(at[1]), (shapes[0] if at[1] else 0,)),
-        numba.carray(floats_at(at[3]), (shapes[1] if at[3] else 0,)),
-        numba.carray(floats_at(at[5]), (shapes[2] if at[5] else 0,)),
-        numba.carray(floats_at(at[7]), (shapes[3] if at[7] else 0,)),
-        numba.carray(floats_at(at[9]), (shapes[4] if at[9] else 0,)),
+        carray(floats_at(at[1]), (shapes[0] if at[1] else 0,)),
+        carray(floats_at(at[3]), (shapes[1] if at[3] else 0,)),
+        carray(floats_at(at[5]), (shapes[2] if at[5] else 0,)),
+        carray(floats_at(at[7]), (shapes[3] if at[7] else 0,)),
+        carray(floats_at(at[9]), (shapes[4] if at[9] else 0,)),
     )
     out = width + 2 * groups * head_width
-    in_weight = numba.carray(floats_at(at[10]), (out, width))
-    in_bias = numba.carray(floats_at(at[11]), (out if at[11] else 0,))
-    age_bias = numba.carray(floats_at(at[12]), (heads if at[12] else 0, memory))
-    frequencies = numba.carray(doubles_at(at[13]), (head_width // 2 if at[13] else 0,))
+    in_weight = carray(floats_at(at[10]), (out, width))
+    in_bias = carray(floats_at(at[11]), (out if at[11] else 0,))
+    age_bias = carray(floats_at(at[12]), (heads if at[12] else 0, memory))
+    frequencies = carray(doubles_at(at[13]), (head_width // 2 if at[13] else 0,))
     return weights, biases, in_weight, in_bias, age_bias, frequencies
 
 
@@ -401,14 +403,14 @@ def encoder_step(
     weights, biases, in_weight, in_bias, age_bias, frequencies = layer_at(table)
     heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
     width = heads * head_width
-    x = numba.carray(floats_at(x_at), (batch, width))
-    y = numba.carray(floats_at(y_at), (batch, width))
-    ring = numba.carray(floats_at(ring_at), (streams, 2 * groups, memory, head_width))
-    clock = numba.carray(integers_at(clock_at), (streams,))
-    rows = numba.carray(integers_at(rows_at), (batch if rows_at else 0,))
-    due = numba.carray(bytes_at(due_at), (batch if due_at else 0,))
-    here = numba.carray(bytes_at(here_at), (batch if here_at else 0,))
-    present = numba.carray(bytes_at(present_at), (streams if present_at else 0, memory))
+    x = carray(floats_at(x_at), (batch, width))
+    y = carray(floats_at(y_at), (batch, width))
+    ring = carray(floats_at(ring_at), (streams, 2 * groups, memory, head_width))
+    clock = carray(integers_at(clock_at), (streams,))
+    rows = carray(integers_at(rows_at), (batch if rows_at else 0,))
+    due = carray(bytes_at(due_at), (batch if due_at else 0,))
+    here = carray(bytes_at(here_at), (batch if here_at else 0,))
+    present = carray(bytes_at(present_at), (streams if present_at else 0, memory))
     if not _fits(batch, ring, clock, rows, due, here, present):
         return False
     norm_first, gelu = table[5] != 0, table[6] != 0
@@ -443,9 +445,9 @@ def finish_step(table: Array, eps: float, batch: int, x_at: int, attended_at: in
     """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [batch, width]."""
     weights, biases, _, _, _, _ = layer_at(table)
     width = table[0] * table[2]
-    x = numba.carray(floats_at(x_at), (batch, width))
-    attended = numba.carray(floats_at(attended_at), (batch, width))
-    y = numba.carray(floats_at(y_at), (batch, width))
+    x = carray(floats_at(x_at), (batch, width))
+    attended = carray(floats_at(attended_at), (batch, width))
+    y = carray(floats_at(y_at), (batch, width))
     for b in range(batch):
         feed_forward(x[b], attended[b], weights, biases, eps, table[5] != 0, table[6] != 0, y[b])
     return True

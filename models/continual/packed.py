@@ -71,9 +71,6 @@ def _mkldnn() -> Any:
 
 def packable(weight: Tensor) -> bool:
     """Whether this torch packs weights, and this one."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not weight.is_inference()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    if weight.is_inference() or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from stepstream.models.continual.kernels import (
@@ -50,12 +50,12 @@ def two_block_begin(
     weights, biases, in_weight, in_bias, _, frequencies = layer_at(table)
     heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
     width = heads * head_width
-    x = numba.carray(floats_at(x_at), (batch, width))
-    inputs = numba.carray(floats_at(input_at), (streams, memory, width))
-    projected = numba.carray(floats_at(projected_at), (streams, heads + 2 * groups, memory, head_width))
-    clock = numba.carray(integers_at(clock_at), (streams,))
-    rows = numba.carray(integers_at(rows_at), (batch if rows_at else 0,))
-    due = numba.carray(bytes_at(due_at), (batch if due_at else 0,))
+    x = carray(floats_at(x_at), (batch, width))
+    inputs = carray(floats_at(input_at), (streams, memory, width))
+    projected = carray(floats_at(projected_at), (streams, heads + 2 * groups, memory, head_width))
+    clock = carray(integers_at(clock_at), (streams,))
+    rows = carray(integers_at(rows_at), (batch if rows_at else 0,))
+    due = carray(bytes_at(due_at), (batch if due_at else 0,))
     if rows.shape[0]:
         if rows.min() < 0 or rows.max() >= streams:
             return False
@@ -133,8 +133,8 @@ def two_block_end(table: Array, eps: float, count: int, newest: int, hidden_at: 
     weights, biases, in_weight, in_bias, _, _ = layer_at(table)
     heads, groups, head_width = table[0], table[1], table[2]
     width = heads * head_width
-    hidden = numba.carray(floats_at(hidden_at), (count, width))
-    y = numba.carray(floats_at(y_at), (width,))
+    hidden = carray(floats_at(hidden_at), (count, width))
+    y = carray(floats_at(y_at), (width,))
     attended = np.empty((heads, head_width), np.float32)
     if table[5]:
         tokens = np.empty((count, width), np.float32)

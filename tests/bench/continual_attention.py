@@ -14,7 +14,7 @@ and a pass over the weights.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def ragged(streams: int = 1000, window: int = 64, width: int = 64) -> dict[str, 
     }
 
 
-def repeated(calls: dict[str, Callable[[], object]], rounds: int, burst: int = 10) -> dict[str, float]:
+def repeated(calls: Mapping[str, Callable[[], object]], rounds: int, burst: int = 10) -> dict[str, float]:
     """Median CPU seconds of one call among others of itself: each alternative is called `burst` times in its turn."""
 
     def several(call: Callable[[], object]) -> Callable[[], None]:
