@@ -98,7 +98,8 @@ class ContinualAttention(Layer):
 
     def _project_in(self, x: Tensor) -> Tensor:
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        bias_learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if bias_learns or "parametrizations" in self._modules:
             return F.linear(x, weight, bias)
         return self._packed[0].linear(x, weight, bias)
 
@@ -221,16 +222,22 @@ class ContinualAttention(Layer):
     def fusible(self, x: Tensor, state: Tree) -> bool:
         """Whether `advance` takes one pass over the ring, in a kernel of `stepstream.models.continual.kernels`."""
         data, clock = state["keys_values"]["data"], state["clock"]
-        streams, weight = clock.shape[0], self._parameters["in_proj_weight"]
+        streams, weight = clock.shape[0], self._parameters.get("in_proj_weight")
+        if weight is None:  # parametrised
+            weight = self.in_proj_weight
         return (
             data.shape == (streams, 2 * self.kv_heads, self.memory, self.head_width)
             and clock.is_contiguous()
-            and weight is not None
             and usable(x, weight, data, dropout=self.training and self.dropout > 0)
         )
 
-    def own_parameters(self) -> tuple[Tensor | None, ...]:
-        """in_proj_weight, in_proj_bias, the bias by age, and the bits of the rotary frequencies."""
+    def own_parameters(self) -> tuple[Tensor | None, ...] | None:
+        """in_proj_weight, in_proj_bias, the bias by age, and the bits of the rotary frequencies.
+
+        None if some are made anew whenever they are asked for (torch.nn.utils.parametrize).
+        """
+        if "parametrizations" in self._modules:
+            return None
         own, ages, rotary = self._parameters, self.age_bias, self.rotary
         bits = None if rotary is None else rotary.get_buffer("frequency_bits")
         return own["in_proj_weight"], own.get("in_proj_bias"), None if ages is None else ages.weight, bits

@@ -36,6 +36,8 @@ class LayerTable(NamedTuple):
     queries, keys and values, of the bias by age, and of the rotary frequencies."""
 
     eps: float
+    held: list[Tensor | None]
+    """What lies there: while a kernel reads it, another thread may give the layer other weights."""
 
 
 class EncoderLayer(Layer):
@@ -139,7 +141,7 @@ class EncoderLayer(Layer):
         if table is None or not usable(x, attention.in_proj_weight, attended, dropout=dropout):
             return self.finish(x, attention.project_out(attended))
         y, x = torch.empty(x.shape), x.contiguous()
-        call_kernel("finish_step", *table, x.shape[0], x.data_ptr(), attended.data_ptr(), y.data_ptr())
+        call_kernel("finish_step", table.table, table.eps, x.shape[0], x.data_ptr(), attended.data_ptr(), y.data_ptr())
         return y
 
     def table(self, x: Tensor) -> LayerTable | None:
@@ -149,18 +151,21 @@ class EncoderLayer(Layer):
         attention = modules["self_attn"]
         parts = (modules[name] for name in ("norm1", "norm2", "linear1", "linear2"))
         parameters = parameters_of((attention._modules["out_proj"], *parts))  # noqa: SLF001
-        if parameters is None or x.shape[1:] != (attention.width,):
+        own = attention.own_parameters()
+        if parameters is None or own is None or x.shape[1:] != (attention.width,):
             return None
-        parameters += attention.own_parameters()
+        parameters += own
         if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
             return None
-        return self._prepared.get(parameters, lambda: self._tabulated(parameters))
+        return self._prepared.get(parameters, self._tabulated)
 
     def _tabulated(self, parameters: list[Tensor | None]) -> LayerTable | None:
         attention, width, hidden = self.self_attn, self.self_attn.width, self.linear1.out_features
         norm, one, other = (width,), (hidden, width), (width, hidden)
         shapes = [(width, width), norm, norm, norm, norm, norm, one, (hidden,), other, norm]
-        for p, shape in zip(parameters, shapes, strict=False):
+        projected = (attention.heads + 2 * attention.kv_heads) * attention.head_width
+        shapes += [(projected, width), (projected,), (attention.heads, attention.memory), (attention.head_width // 2,)]
+        for p, shape in zip(parameters, shapes, strict=True):
             if p is not None and p.shape != shape:
                 return None
         for p in parameters[:13]:
@@ -170,7 +175,8 @@ class EncoderLayer(Layer):
             return None
         sizes = (attention.heads, attention.kv_heads, attention.head_width, attention.memory, hidden)
         options = (self.norm_first, self.activation == "gelu", 0)
-        return LayerTable(np.array([*sizes, *options, *map(address, parameters)], np.int64), self.norm1.eps)
+        table = np.array([*sizes, *options, *map(address, parameters)], np.int64)
+        return LayerTable(table, self.norm1.eps, parameters)
 
 
 def _fused(
@@ -189,7 +195,8 @@ def _fused(
     x, ring, clock, y = x.contiguous(), state["keys_values"]["data"], state["clock"], torch.empty(x.shape)
     call_kernel(
         "encoder_step",
-        *table,
+        table.table,
+        table.eps,
         batch,
         clock.shape[0],
         x.data_ptr(),

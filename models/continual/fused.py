@@ -87,12 +87,13 @@ class Prepared(Generic[Made]):
     def __init__(self) -> None:
         self._made: tuple[list[int], list[Tensor | None], Made] | None = None
 
-    def get(self, parameters: Sequence[Tensor | None], make: Callable[[], Made]) -> Made:
+    def get(self, parameters: Sequence[Tensor | None], make: Callable[[list[Tensor | None]], Made]) -> Made:
         """What `make` made of these parameters, whose memory is held, so that no other takes its address."""
         at = [0 if p is None else p.data_ptr() for p in parameters]
         made = self._made
         if made is None or made[0] != at:
-            made = self._made = (at, [None if p is None else p.detach() for p in parameters], make())
+            held = [None if p is None else p.detach() for p in parameters]
+            made = self._made = (at, held, make(held))
         return made[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared[Made]:

@@ -146,7 +146,7 @@ class TwoBlockEncoder(Layer):
         leaves = state["input"]["data"], state["projected"]["data"], state["clock"]
         x, y = x.contiguous(), torch.zeros(x.shape)
         at = [address(part) for part in (x, *leaves, rows, due)]
-        call_kernel("two_block_begin", *one, batch, leaves[2].shape[0], *at)
+        call_kernel("two_block_begin", one.table, one.eps, batch, leaves[2].shape[0], *at)
         heads = [attention.heads, attention.kv_heads, attention.kv_heads]
         for b in range(batch):
             if due is not None and not due[b]:
@@ -158,5 +158,6 @@ class TwoBlockEncoder(Layer):
             attended = attend(q[None], k[None], v[None], None)[0].transpose(0, 1).reshape(count, self.width)
             hidden = first.finish(leaves[0][row, 0, :count], attention.project_out(attended)).contiguous()
             newest = (clock - 1) % self.memory
-            call_kernel("two_block_end", *other, count, newest, hidden.data_ptr(), y.data_ptr() + 4 * b * self.width)
+            at = [hidden.data_ptr(), y.data_ptr() + 4 * b * self.width]
+            call_kernel("two_block_end", other.table, other.eps, count, newest, *at)
         return y if self.norm is None else self.norm(y)

@@ -10,6 +10,7 @@ import torch
 from equality import assert_close
 from torch import Tensor, nn
 
+from stepstream.models.continual.adapters import adapt, adapters, mask_channels
 from stepstream.models.continual.encoder import EncoderLayer
 from stepstream.models.continual.packed import Packed, packable
 
@@ -90,3 +91,18 @@ def test_a_gradient_to_one_part_is_kept() -> None:
     for rows in (1, 8):
         y = layer.step(torch.randn(rows, 64), layer.initial_state(rows))
         assert y.requires_grad, f"{rows} rows"
+
+
+def test_weights_that_are_made_when_asked_for_are_asked_for_at_every_step() -> None:
+    torch.manual_seed(0)
+    layer, x = EncoderLayer(64, 4, 5, 64).eval().requires_grad_(False), torch.randn(8, 64)
+    adapt(layer)
+    mask_channels(layer.self_attn, torch.arange(192) % 64 < 32, name="in_proj_weight")
+    with torch.no_grad():
+        for scale in (1.0, 2.0):
+            for adapter in adapters(layer):
+                nn.init.normal_(adapter.up, std=0.1 * scale)  # type: ignore[arg-type]
+            exact = copy.deepcopy(layer).double()
+            for rows in (1, 8):
+                found = layer.step(x[:rows], layer.initial_state(rows))
+                assert_close(found.double(), exact.step(x[:rows].double(), exact.initial_state(rows)), 1e-5)
