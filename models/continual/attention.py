@@ -14,6 +14,7 @@ from stepstream.models.base import Tree
 from stepstream.models.continual.base import Layer, fresh_clock, put, take, tick
 from stepstream.models.continual.cache import Precision, empty_ring, read_ring, write_ring
 from stepstream.models.continual.fused import as_arrays, call_kernel, or_empty, usable
+from stepstream.models.continual.packed import Packed
 from stepstream.models.continual.positions import AgeBias, Rotary
 
 __all__ = ["ContinualAttention", "Positions", "attend"]
@@ -83,16 +84,28 @@ class ContinualAttention(Layer):
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
             nn.init.zeros_(self.out_proj.bias)
+        self._packed = Packed(), Packed()
         self.rotary = Rotary(self.head_width) if positions == "rotary" else None
         self.age_bias = AgeBias(heads, memory) if positions == "relative" else None
 
     def project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X [..., width] at `time` [...] -> queries, keys, values [..., heads, head width], keys as they are cached."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = self._project_in(x)
         q, k, v = qkv.view(*x.shape[:-1], -1, self.head_width).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
         if self.rotary is not None:
             q, k = self.rotary(q, time), self.rotary(k, time)
         return q, k, v
+
+    def _project_in(self, x: Tensor) -> Tensor:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        bias_learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        if bias_learns or "parametrizations" in self._modules:
+            return F.linear(x, weight, bias)
+        return self._packed[0].linear(x, weight, bias)
+
+    def project_out(self, attended: Tensor) -> Tensor:
+        """`out_proj`, of what all heads took: [..., width] -> the same."""
+        return self._packed[1].through(self.out_proj, attended)
 
     def project_query(self, x: Tensor, time: Tensor) -> Tensor:
         """The queries alone: x [..., width] at `time` [...] -> [..., heads, head width]."""
@@ -146,7 +159,7 @@ class ContinualAttention(Layer):
                 self._attend(q[..., start:stop, :], k[..., first:stop, :], v[..., first:stop, :], seen, bias)
             )
         attended = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        result: Tensor = self.out_proj(attended.transpose(1, 2).reshape(batch, time, self.width))
+        result: Tensor = self.project_out(attended.transpose(1, 2).reshape(batch, time, self.width))
         return result
 
     def _checked(self, present: Tensor | None) -> Tensor | None:
@@ -190,7 +203,7 @@ class ContinualAttention(Layer):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
         if self.fusible(x, state):
-            return self.out_proj(self._fused(x, state, rows, due, present)), due
+            return self.project_out(self._fused(x, state, rows, due, present)), due
         clock = tick(state, rows, due)
         q, k, v = self.project(x, clock)
         slots = torch.arange(self.memory, device=x.device)
@@ -204,34 +217,55 @@ class ContinualAttention(Layer):
             bias = self.age_bias((clock[:, None] - slots) % self.memory).movedim(-1, 1)[:, :, None]
         keys, values = read_ring(state["keys_values"], rows, x.dtype).chunk(2, dim=1)
         attended = self._attend(q[:, :, None], keys, values, seen[:, None, None], bias)
-        return self.out_proj(attended.reshape(x.shape[0], self.width)), due
+        return self.project_out(attended.reshape(x.shape[0], self.width)), due
 
     def fusible(self, x: Tensor, state: Tree) -> bool:
         """Whether `advance` takes one pass over the ring, in a kernel of `stepstream.models.continual.kernels`."""
-        data = state["keys_values"]["data"]
-        shape = (2 * self.kv_heads, self.memory, self.head_width)
-        return data.shape[1:] == shape and usable(
-            x, self.in_proj_weight, data, dropout=self.training and self.dropout > 0
+        data, clock = state["keys_values"]["data"], state["clock"]
+        streams, weight = clock.shape[0], self._parameters.get("in_proj_weight")
+        if weight is None:  # parametrised
+            weight = self.in_proj_weight
+        return (
+            data.shape == (streams, 2 * self.kv_heads, self.memory, self.head_width)
+            and clock.is_contiguous()
+            and usable(x, weight, data, dropout=self.training and self.dropout > 0)
         )
+
+    def own_parameters(self) -> tuple[Tensor | None, ...] | None:
+        """in_proj_weight, in_proj_bias, the bias by age, and the bits of the rotary frequencies.
+
+        None if some are made anew whenever they are asked for (torch.nn.utils.parametrize).
+        """
+        if "parametrizations" in self._modules:
+            return None
+        own, ages, rotary = self._parameters, self.age_bias, self.rotary
+        bits = None if rotary is None else rotary.get_buffer("frequency_bits")
+        return own["in_proj_weight"], own.get("in_proj_bias"), None if ages is None else ages.weight, bits
+
+    def marked(self, batch: int, state: Tree, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Which rows of a batch are present, and the leaf that remembers it; None if all are, always."""
+        present = self._checked(present)
+        if not self.absent:
+            return None, None
+        return torch.ones(batch, dtype=torch.bool) if present is None else present, state["present"]
 
     def fused_state(
         self, batch: int, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None
     ) -> tuple[NDArray[Any], ...]:
         """What the kernels want of a layer's state and of what comes with a step, in their order."""
-        present = self._checked(present)
-        here = torch.ones(batch, dtype=torch.bool) if self.absent and present is None else present
+        here, leaf = self.marked(batch, state, present)
         return (
             *as_arrays(state["keys_values"]["data"], state["clock"]),
             or_empty(rows, np.int64),
             or_empty(due, np.bool_),
             or_empty(here, np.bool_),
-            or_empty(state["present"] if self.absent else None, np.bool_, 2),
+            or_empty(leaf, np.bool_, 2),
             or_empty(None if self.age_bias is None else self.age_bias.weight, np.float32, 2),
         )
 
     def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
         """`advance` without the last projection: [B, width]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(x.shape[0], -1, self.head_width)
+        qkv = self._project_in(x).view(x.shape[0], -1, self.head_width)
         if self.rotary is not None:
             rotated = self.heads + self.kv_heads
             qkv[:, :rotated] = self.rotary(qkv[:, :rotated], take(state["clock"], rows))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stepstream.models.base import Tree
 from stepstream.models.continual.attention import ContinualAttention, Positions
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.cache import Precision
-from stepstream.models.continual.fused import Prepared, as_arrays, call_kernel, or_empty, parameters_of, usable
+from stepstream.models.continual.fused import Prepared, address, call_kernel, parameters_of, usable, vector
+from stepstream.models.continual.packed import Packed
 
 __all__ = ["Activation", "Encoder", "EncoderLayer"]
 
@@ -23,6 +25,19 @@ FEW = 6
 
 # In place where autograd allows it: the hidden layer of many tokens is the largest tensor there is.
 _ACTIVATIONS = {"relu": F.relu_, "gelu": F.gelu}
+
+
+class LayerTable(NamedTuple):
+    """An encoder layer as `stepstream.models.continual.kernels` reads it."""
+
+    table: NDArray[np.int64]
+    """Heads, key heads, a head's width, memory, the hidden layer's width; pre-norm, GELU (or not); unused. From number
+    8 the addresses, or 0, of weight and bias of out_proj, norm1, norm2, linear1 and linear2, of the projection of
+    queries, keys and values, of the bias by age, and of the rotary frequencies."""
+
+    eps: float
+    held: list[Tensor | None]
+    """What lies there: while a kernel reads it, another thread may give the layer other weights."""
 
 
 class EncoderLayer(Layer):
@@ -68,7 +83,8 @@ class EncoderLayer(Layer):
         self.activation: Activation = activation
         self.norm_first, self.dropout = norm_first, nn.Dropout(dropout)
         self.receptive_field = memory
-        self._prepared = Prepared()
+        self._packed = Packed(), Packed()
+        self._prepared: Prepared[LayerTable | None] = Prepared()
 
     def before(self, x: Tensor) -> Tensor:
         """What the attention is given: [..., width] -> the same."""
@@ -84,8 +100,8 @@ class EncoderLayer(Layer):
         return result
 
     def _feedforward(self, x: Tensor) -> Tensor:
-        hidden = self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))
-        result: Tensor = self.dropout(self.linear2(hidden))
+        hidden = self.dropout(_ACTIVATIONS[self.activation](self._packed[0].through(self.linear1, x)))
+        result: Tensor = self.dropout(self._packed[1].through(self.linear2, hidden))
         return result
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
@@ -109,68 +125,90 @@ class EncoderLayer(Layer):
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
-        weights = self._weights(x)
-        if weights is not None and self.self_attn.fusible(x, state):
-            return self._fused(x, state, rows, due, present, weights), due
+        if not torch.compiler.is_compiling() and x.shape[0] <= FEW:
+            attention: Any = self._modules["self_attn"]
+            table = self.table(x)
+            if table is not None and attention.fusible(x, state):
+                return _fused(attention, table, x, state, rows, due, present), due
         attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
         return self.finish(x, attended), due
 
     def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
         """`finish`, after the attention's last projection: one step of a few rows, [B, width], in one kernel."""
         attention = self.self_attn
-        weights = self._weights(x)
+        table = None if torch.compiler.is_compiling() or x.shape[0] > FEW else self.table(x)
         dropout = self.training and self.dropout.p > 0
-        if weights is None or not usable(x, attention.in_proj_weight, attended, dropout=dropout):
-            return self.finish(x, attention.out_proj(attended))
-        y = torch.empty(x.shape)
-        call_kernel("finish_step", *as_arrays(x.contiguous(), attended), *weights, *as_arrays(y))
+        if table is None or not usable(x, attention.in_proj_weight, attended, dropout=dropout):
+            return self.finish(x, attention.project_out(attended))
+        y, x = torch.empty(x.shape), x.contiguous()
+        call_kernel("finish_step", table.table, table.eps, x.shape[0], x.data_ptr(), attended.data_ptr(), y.data_ptr())
         return y
 
-    def _weights(self, x: Tensor) -> tuple[Any, ...] | None:
-        """What the kernels want of a layer's weights and options, in their order; None if `x` is not for a kernel."""
-        if torch.compiler.is_compiling() or x.shape[0] > FEW:
-            return None
+    def table(self, x: Tensor) -> LayerTable | None:
+        """What the kernels want of the layer; None if it, or `x`, is not for a kernel."""
+        # From their dicts: the way through `nn.Module.__getattr__` costs a microsecond for each.
         modules: dict[str, Any] = self._modules
-        parts = (modules["self_attn"].out_proj, *(modules[n] for n in ("norm1", "norm2", "linear1", "linear2")))
-        parameters = parameters_of(parts)
-        if (
-            parameters is None
-            or any(weight is None for weight in parameters[::2])
-            or x.shape[1:] != self.norm1.weight.shape
-        ):
+        attention = modules["self_attn"]
+        parts = (modules[name] for name in ("norm1", "norm2", "linear1", "linear2"))
+        parameters = parameters_of((attention._modules["out_proj"], *parts))  # noqa: SLF001
+        own = attention.own_parameters()
+        if parameters is None or own is None or x.shape[1:] != (attention.width,):
             return None
-        arrays = self._prepared.get(
-            parameters,
-            lambda: (
-                tuple(or_empty(weight, np.float32) for weight in parameters[::2]),
-                tuple(or_empty(bias, np.float32) for bias in parameters[1::2]),
-            ),
-        )
-        return *arrays, self.norm1.eps, self.norm_first, self.activation == "gelu"
+        parameters += own
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+            return None
+        return self._prepared.get(parameters, self._tabulated)
 
-    def _fused(
-        self,
-        x: Tensor,
-        state: Tree,
-        rows: Tensor | None,
-        due: Tensor | None,
-        present: Tensor | None,
-        weights: tuple[Any, ...],
-    ) -> Tensor:
-        """`advance` in one kernel; for a few rows, as it reads all weights for each."""
-        attention = self.self_attn
-        y = torch.empty(x.shape)
-        call_kernel(
-            "encoder_step",
-            *as_arrays(x.contiguous()),
-            *attention.fused_state(x.shape[0], state, rows, due, present),
-            or_empty(None if attention.rotary is None else attention.rotary.frequencies(), np.float64),
-            *as_arrays(attention.in_proj_weight),
-            or_empty(attention.in_proj_bias, np.float32),
-            *weights,
-            *as_arrays(y),
-        )
-        return y
+    def _tabulated(self, parameters: list[Tensor | None]) -> LayerTable | None:
+        attention, width, hidden = self.self_attn, self.self_attn.width, self.linear1.out_features
+        norm, one, other = (width,), (hidden, width), (width, hidden)
+        shapes = [(width, width), norm, norm, norm, norm, norm, one, (hidden,), other, norm]
+        projected = (attention.heads + 2 * attention.kv_heads) * attention.head_width
+        shapes += [(projected, width), (projected,), (attention.heads, attention.memory), (attention.head_width // 2,)]
+        for p, shape in zip(parameters, shapes, strict=True):
+            if p is not None and p.shape != shape:
+                return None
+        for p in parameters[:13]:
+            if p is not None and not (p.dtype == torch.float32 and p.is_cpu and p.is_contiguous()):
+                return None
+        if any(weight is None for weight in parameters[:10:2]):
+            return None
+        sizes = (attention.heads, attention.kv_heads, attention.head_width, attention.memory, hidden)
+        options = (self.norm_first, self.activation == "gelu", 0)
+        table = np.array([*sizes, *options, *map(address, parameters)], np.int64)
+        return LayerTable(table, self.norm1.eps, parameters)
+
+
+def _fused(
+    attention: ContinualAttention,
+    table: LayerTable,
+    x: Tensor,
+    state: Tree,
+    rows: Tensor | None,
+    due: Tensor | None,
+    present: Tensor | None,
+) -> Tensor:
+    """`EncoderLayer.advance` in one kernel; for a few rows, as it reads all weights for each."""
+    batch = x.shape[0]
+    here, leaf = attention.marked(batch, state, present)
+    rows, due, here = vector(rows, torch.int64, batch), vector(due, torch.bool, batch), vector(here, torch.bool, batch)
+    x, ring, clock, y = x.contiguous(), state["keys_values"]["data"], state["clock"], torch.empty(x.shape)
+    call_kernel(
+        "encoder_step",
+        table.table,
+        table.eps,
+        batch,
+        clock.shape[0],
+        x.data_ptr(),
+        ring.data_ptr(),
+        clock.data_ptr(),
+        address(rows),
+        address(due),
+        address(here),
+        address(leaf),
+        y.data_ptr(),
+    )
+    return y
 
 
 class Encoder(Layer):

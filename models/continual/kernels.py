@@ -16,9 +16,26 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
-__all__ = ["attention_step", "encoder_step", "finish_step"]
+__all__ = [
+    "attention_step",
+    "bytes_at",
+    "encoder_step",
+    "feed_forward",
+    "finish_step",
+    "floats_at",
+    "integers_at",
+    "kernel",
+    "layer_at",
+    "layer_norm",
+    "linear",
+    "rotate",
+    "softmax",
+]
 
 Array = NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,6 +51,24 @@ def kernel(function: Function) -> Function:
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
     return compiled
+
+
+def _pointer_to(kind: Any) -> Any:
+    """What makes a pointer to numbers of that kind of an address."""
+    to: Any = types.CPointer
+
+    @intrinsic
+    def pointer(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return to(kind)(types.intp), generate
+
+    return pointer
+
+
+floats_at, doubles_at = _pointer_to(types.float32), _pointer_to(types.float64)
+integers_at, bytes_at = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
 @kernel
@@ -58,7 +93,7 @@ def _exp(x: Any) -> Any:
 
 
 @kernel
-def _linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
+def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
     """Y = weight x + bias for one vector; an empty bias is none. Four rows at a time: x is read once for them."""
     outs, ins = weight.shape
     for j in range(0, outs - 3, 4):
@@ -87,7 +122,7 @@ def _linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
 
 
 @kernel
-def _layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
+def layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
     """torch.nn.LayerNorm of one vector; an empty bias is none. `y` may be `x`."""
     width = x.shape[0]
     mean = np.float32(0)
@@ -106,7 +141,7 @@ def _layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> Non
 
 
 @kernel
-def _softmax(scores: Array, count: int) -> Any:
+def softmax(scores: Array, count: int) -> Any:
     """Exponentials of the first `count` scores less the largest, in place; returns 1 / their sum, 0 if all are -inf."""
     largest = np.float32(-np.inf)
     for t in range(count):
@@ -138,7 +173,7 @@ def _attend(
     count = min(clock + 1, memory)
     scale = np.float32(1) / np.sqrt(np.float32(width))
     whole = count - count % 4
-    for t in range(0, whole, 4):  # four keys at a time, as in `_linear`
+    for t in range(0, whole, 4):  # four keys at a time, as in `linear`
         s0 = np.float32(0)
         s1 = np.float32(0)
         s2 = np.float32(0)
@@ -165,7 +200,7 @@ def _attend(
         for t in range(count):
             if not present[t]:
                 scores[t] = np.float32(-np.inf)
-    total = _softmax(scores, count)
+    total = softmax(scores, count)
     for d in range(width):
         out[d] = np.float32(0)
     for t in range(0, whole, 4):
@@ -260,7 +295,7 @@ def attention_step(
 
 
 @kernel
-def _rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
+def rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
     """Rotary positions of the first `heads` vectors of qkv [.., D] at `clock`, in place; no frequencies: none."""
     half = frequencies.shape[0]
     for i in range(half):
@@ -275,7 +310,7 @@ def _rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
 
 
 @kernel
-def _finish(
+def feed_forward(
     x: Array,
     attended: Array,
     weights: tuple[Array, ...],
@@ -291,15 +326,15 @@ def _finish(
     width = x.shape[0]
     inner = np.empty(width, np.float32)
     hidden = np.empty(first.shape[0], np.float32)
-    _linear(out_weight, out_bias, attended, y)
+    linear(out_weight, out_bias, attended, y)
     for i in range(width):
         y[i] += x[i]
     if norm_first:
-        _layer_norm(y, norm2, norm2_bias, eps, inner)
+        layer_norm(y, norm2, norm2_bias, eps, inner)
     else:
-        _layer_norm(y, norm1, norm1_bias, eps, y)
+        layer_norm(y, norm1, norm1_bias, eps, y)
         inner[:] = y
-    _linear(first, first_bias, inner, hidden)
+    linear(first, first_bias, inner, hidden)
     if gelu:
         for i in range(hidden.shape[0]):
             v = hidden[i]
@@ -308,50 +343,83 @@ def _finish(
         for i in range(hidden.shape[0]):
             if hidden[i] < np.float32(0):  # but NaN stays NaN
                 hidden[i] = np.float32(0)
-    _linear(second, second_bias, hidden, inner)
+    linear(second, second_bias, hidden, inner)
     for i in range(width):
         y[i] += inner[i]
     if not norm_first:
-        _layer_norm(y, norm2, norm2_bias, eps, y)
+        layer_norm(y, norm2, norm2_bias, eps, y)
+
+
+@kernel
+def layer_at(table: Array) -> Any:
+    """The weights, biases and other arrays of an encoder layer, where `table` says that they lie: see `LayerTable`."""
+    heads, groups, head_width, memory, hidden = table[0], table[1], table[2], table[3], table[4]
+    width = heads * head_width
+    shapes = (width, width, width, hidden, width)
+    at = table[8:]
+    weights = (
+        carray(floats_at(at[0]), (width, width)),
+        carray(floats_at(at[2]), (width,)),
+        carray(floats_at(at[4]), (width,)),
+        carray(floats_at(at[6]), (hidden, width)),
+        carray(floats_at(at[8]), (width, hidden)),
+    )
+    biases = (
+        carray(floats_at(at[1]), (shapes[0] if at[1] else 0,)),
+        carray(floats_at(at[3]), (shapes[1] if at[3] else 0,)),
+        carray(floats_at(at[5]), (shapes[2] if at[5] else 0,)),
+        carray(floats_at(at[7]), (shapes[3] if at[7] else 0,)),
+        carray(floats_at(at[9]), (shapes[4] if at[9] else 0,)),
+    )
+    out = width + 2 * groups * head_width
+    in_weight = carray(floats_at(at[10]), (out, width))
+    in_bias = carray(floats_at(at[11]), (out if at[11] else 0,))
+    age_bias = carray(floats_at(at[12]), (heads if at[12] else 0, memory))
+    frequencies = carray(doubles_at(at[13]), (head_width // 2 if at[13] else 0,))
+    return weights, biases, in_weight, in_bias, age_bias, frequencies
 
 
 @kernel
 def encoder_step(
-    x: Array,
-    ring: Array,
-    clock: Array,
-    rows: Array,
-    due: Array,
-    here: Array,
-    present: Array,
-    age_bias: Array,
-    frequencies: Array,
-    in_weight: Array,
-    in_bias: Array,
-    weights: tuple[Array, ...],
-    biases: tuple[Array, ...],
-    eps: Any,
-    norm_first: bool,
-    gelu: bool,
-    y: Array,
+    table: Array,
+    eps: float,
+    batch: int,
+    streams: int,
+    x_at: int,
+    ring_at: int,
+    clock_at: int,
+    rows_at: int,
+    due_at: int,
+    here_at: int,
+    present_at: int,
+    y_at: int,
 ) -> bool:
     """A whole encoder layer for each row, one after the other; what is not described here is as in `attention_step`.
 
-    x, y [B, width]; frequencies float64 [D / 2], or empty: no rotary positions; in_weight [(H + 2 K) D, width];
-    weights: of out_proj, norm1, norm2, linear1, linear2, in that order, and so their biases, each of which, and
-    in_bias, may be empty.
+    `table` int64: see `LayerTable`. Addresses of x, y [batch, width], of the state's leaves with so many `streams`,
+    and of rows, due, here, present, or 0, all of them contiguous: making thirty arrays of tensors takes as long as the
+    work does.
     """
-    if not _fits(x.shape[0], ring, clock, rows, due, here, present):
+    weights, biases, in_weight, in_bias, age_bias, frequencies = layer_at(table)
+    heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
+    width = heads * head_width
+    x = carray(floats_at(x_at), (batch, width))
+    y = carray(floats_at(y_at), (batch, width))
+    ring = carray(floats_at(ring_at), (streams, 2 * groups, memory, head_width))
+    clock = carray(integers_at(clock_at), (streams,))
+    rows = carray(integers_at(rows_at), (batch if rows_at else 0,))
+    due = carray(bytes_at(due_at), (batch if due_at else 0,))
+    here = carray(bytes_at(here_at), (batch if here_at else 0,))
+    present = carray(bytes_at(present_at), (streams if present_at else 0, memory))
+    if not _fits(batch, ring, clock, rows, due, here, present):
         return False
-    memory, head_width = ring.shape[2:]
-    heads = x.shape[1] // head_width
-    groups = ring.shape[1] // 2
+    norm_first, gelu = table[5] != 0, table[6] != 0
     scores = np.empty(memory, np.float32)
     qkv = np.empty((heads + 2 * groups, head_width), np.float32)
     flat = qkv.reshape(-1)
     attended = np.empty((heads, head_width), np.float32)
-    normed = np.empty(x.shape[1], np.float32)
-    for b in range(x.shape[0]):
+    normed = np.empty(width, np.float32)
+    for b in range(batch):
         row = rows[b] if rows.shape[0] else b
         if due.shape[0] and not due[b]:
             y[b] = np.float32(0)
@@ -362,28 +430,24 @@ def encoder_step(
         if present.shape[0]:
             present[row, time % memory] = here[b]
         if norm_first:
-            _layer_norm(x[b], weights[1], biases[1], eps, normed)
+            layer_norm(x[b], weights[1], biases[1], eps, normed)
         else:
             normed[:] = x[b]
-        _linear(in_weight, in_bias, normed, flat)
-        _rotate(qkv, heads + groups, time, frequencies)
+        linear(in_weight, in_bias, normed, flat)
+        rotate(qkv, heads + groups, time, frequencies)
         _stream_step(qkv, ring[row], time, age_bias, seen, scores, attended)
-        _finish(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
+        feed_forward(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
     return True
 
 
 @kernel
-def finish_step(
-    x: Array,
-    attended: Array,
-    weights: tuple[Array, ...],
-    biases: tuple[Array, ...],
-    eps: Any,
-    norm_first: bool,
-    gelu: bool,
-    y: Array,
-) -> bool:
-    """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [B, width]."""
-    for b in range(x.shape[0]):
-        _finish(x[b], attended[b], weights, biases, eps, norm_first, gelu, y[b])
+def finish_step(table: Array, eps: float, batch: int, x_at: int, attended_at: int, y_at: int) -> bool:
+    """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [batch, width]."""
+    weights, biases, _, _, _, _ = layer_at(table)
+    width = table[0] * table[2]
+    x = carray(floats_at(x_at), (batch, width))
+    attended = carray(floats_at(attended_at), (batch, width))
+    y = carray(floats_at(y_at), (batch, width))
+    for b in range(batch):
+        feed_forward(x[b], attended[b], weights, biases, eps, table[5] != 0, table[6] != 0, y[b])
     return True

@@ -11,7 +11,8 @@ from stepstream.models.base import Tree
 from stepstream.models.continual.attention import attend
 from stepstream.models.continual.base import Layer, NotSteppable, fresh_clock, tick
 from stepstream.models.continual.cache import empty_ring, read_ring, write_ring
-from stepstream.models.continual.encoder import EncoderLayer
+from stepstream.models.continual.encoder import FEW, EncoderLayer, LayerTable
+from stepstream.models.continual.fused import address, call_kernel, usable, vector
 
 __all__ = ["TwoBlockEncoder"]
 
@@ -74,7 +75,7 @@ class TwoBlockEncoder(Layer):
         batch, steps = tokens.shape[:2]
         seen = (time >= 0)[:, None, None]
         attended = attend(q, k, v, seen).transpose(1, 2).reshape(batch, steps, self.width)
-        hidden = first.finish(tokens, first.self_attn.out_proj(attended))
+        hidden = first.finish(tokens, first.self_attn.project_out(attended))
         newest = newest[:, None]
         own = hidden.gather(1, newest[..., None].expand(-1, 1, self.width))
         attention = second.self_attn
@@ -104,6 +105,9 @@ class TwoBlockEncoder(Layer):
         self, x: Tensor, state: Tree, rows: Tensor | None = None, due: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
+        tables = self._tables(x, state)
+        if tables is not None:
+            return self._fused(x, state, rows, due, *tables), due
         clock = tick(state, rows, due)
         slots = torch.arange(self.memory, device=x.device)
         slot = clock % self.memory
@@ -116,3 +120,44 @@ class TwoBlockEncoder(Layer):
         ring = read_ring(state["projected"], rows, x.dtype)
         heads = [attention.heads, attention.kv_heads, attention.kv_heads]
         return self._newest(tokens, time, slot, *ring.split(heads, dim=1)), due
+
+    def _tables(self, x: Tensor, state: Tree) -> tuple[LayerTable, LayerTable] | None:
+        """Both blocks as kernels read them, for a few rows; None if they, or `x`, are not for a kernel."""
+        first, second = self._blocks()
+        if torch.compiler.is_compiling() or x.shape[0] > FEW or first.self_attn.rotary is not None:
+            return None
+        attention, clock, dropout = first.self_attn, state["clock"], self.training and first.dropout.p > 0
+        heads = attention.heads + 2 * attention.kv_heads
+        shapes = {"input": (1, self.memory, self.width), "projected": (heads, self.memory, attention.head_width)}
+        for name, shape in shapes.items():
+            leaf = state[name]["data"]
+            if leaf.shape != (clock.shape[0], *shape) or not usable(x, attention.in_proj_weight, leaf, dropout=dropout):
+                return None
+        one, other = first.table(x), second.table(x)
+        return None if one is None or other is None or not clock.is_contiguous() else (one, other)
+
+    def _fused(
+        self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, one: LayerTable, other: LayerTable
+    ) -> Tensor:
+        """`advance`, row by row, over the steps that are there: what is beside a row does not move its bits."""
+        first, _ = self._blocks()
+        attention, batch = first.self_attn, x.shape[0]
+        rows, due = vector(rows, torch.int64, batch), vector(due, torch.bool, batch)
+        leaves = state["input"]["data"], state["projected"]["data"], state["clock"]
+        x, y = x.contiguous(), torch.zeros(x.shape)
+        at = [address(part) for part in (x, *leaves, rows, due)]
+        call_kernel("two_block_begin", one.table, one.eps, batch, leaves[2].shape[0], *at)
+        heads = [attention.heads, attention.kv_heads, attention.kv_heads]
+        for b in range(batch):
+            if due is not None and not due[b]:
+                continue
+            row = b if rows is None else int(rows[b])
+            clock = int(leaves[2][row])
+            count = min(clock, self.memory)
+            q, k, v = leaves[1][row, :, :count].split(heads)
+            attended = attend(q[None], k[None], v[None], None)[0].transpose(0, 1).reshape(count, self.width)
+            hidden = first.finish(leaves[0][row, 0, :count], attention.project_out(attended)).contiguous()
+            newest = (clock - 1) % self.memory
+            at = [hidden.data_ptr(), y.data_ptr() + 4 * b * self.width]
+            call_kernel("two_block_end", other.table, other.eps, count, newest, *at)
+        return y if self.norm is None else self.norm(y)

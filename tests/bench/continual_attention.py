@@ -1,15 +1,20 @@
 """A continual encoder's step against the window of torch.nn and against continual-inference, and its parts' limits.
 
-uv run --group bench python -m tests.bench.continual_attention [FOLDER]
+uv run --group bench python -m tests.bench.continual_attention [FOLDER [SECTION]...]
 
 One thread; width 256, 8 heads, feed-forward 1024. Alternatives take turns; medians of CPU time.
 "layer": one encoder layer. "two-blocks": the exact two-block encoder, batch 1. "query": one query's attention over the
 cached keys and values, against reading both once: at the memory's bandwidth, and from the cache that they may lie in.
-"ragged": a thousand streams, each on its own clock, in one call against one call each.
+"ragged": a thousand streams, each on its own clock, in one call against one call each. "compiled": the layer's step as
+torch.compile makes it (a C++ compiler is needed), and as torch's operations one by one, beside the fused kernel.
+"alone": the same step again and again, its weights in the processor's cache, beside continual-inference's in its turn,
+and a pass over the weights.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -128,21 +133,70 @@ def ragged(streams: int = 1000, window: int = 64, width: int = 64) -> dict[str, 
     }
 
 
+def repeated(calls: Mapping[str, Callable[[], object]], rounds: int, burst: int = 10) -> dict[str, float]:
+    """Median CPU seconds of one call among others of itself: each alternative is called `burst` times in its turn."""
+
+    def several(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(burst):
+                call()
+
+        return run
+
+    seconds = cpu_seconds({name: several(call) for name, call in calls.items()}, rounds)
+    return {name: s / burst for name, s in seconds.items()}
+
+
+def alone(window: int, batch: int) -> dict[str, Any]:
+    """One encoder layer in bursts of ten steps."""
+    ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
+    state, x = ours.initial_state(batch), torch.randn(batch, WIDTH)
+    state["clock"].fill_(window)
+    reference = SingleOutputTransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window).eval()
+    reference.forward_steps(torch.randn(batch, WIDTH, window))
+    weights = list(ours.parameters())
+    alternatives = {
+        "step": lambda: ours.step(x, state),
+        "continual-inference": lambda: reference.forward_step(x),
+        "reading the weights": lambda: [weight.sum() for weight in weights],
+    }
+    return compared(repeated(alternatives, 15))
+
+
+def compiled(window: int, batch: int) -> dict[str, Any]:
+    """One encoder layer's step in three ways, each on its own state."""
+    ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
+    x = torch.randn(batch, WIDTH)
+    states = [ours.initial_state(batch) for _ in range(3)]
+    for state in states:
+        state["clock"].fill_(window)
+    whole = torch.compile(ours.step, fullgraph=True)
+    unfused = torch.compile(ours.step, fullgraph=True, backend="eager")
+    alternatives = {
+        "step": lambda: ours.step(x, states[0]),
+        "torch.compile": lambda: whole(x, states[1]),
+        "torch's operations": lambda: unfused(x, states[2]),
+    }
+    return compared(repeated(alternatives, 15))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
         bandwidth = memory_bandwidth()
-        report(
-            "continual_attention",
-            {
-                "layer": {f"T={t} B={b}": layer_step(t, b) for b in (1, 32) for t in WINDOWS},
-                "two-blocks": {f"T={t}": two_blocks(t) for t in WINDOWS},
-                "memory_gb_per_s": round(bandwidth / 1e9, 1),
-                "query": {f"T={t} B={b}": query(t, b, bandwidth) for b in (1, 32) for t in WINDOWS},
-                "ragged": ragged(),
-            },
-        )
+        grid = [(t, b) for b in (1, 32) for t in WINDOWS]
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "layer": lambda: {f"T={t} B={b}": layer_step(t, b) for t, b in grid},
+            "alone": lambda: {f"T={t} B={b}": alone(t, b) for t, b in [*grid[:3], (64, 32)]},
+            "two-blocks": lambda: {f"T={t}": two_blocks(t) for t in WINDOWS},
+            "query": lambda: {f"T={t} B={b}": query(t, b, bandwidth) for t, b in grid},
+            "ragged": ragged,
+            "compiled": lambda: {f"T={t} B={b}": compiled(t, b) for t, b in [(64, 1), (64, 32)]},
+        }
+        chosen = sys.argv[2:] or list(sections)
+        result = {"memory_gb_per_s": round(bandwidth / 1e9, 1), **{name: sections[name]() for name in chosen}}
+        report("continual_attention", result)
 
 
 if __name__ == "__main__":

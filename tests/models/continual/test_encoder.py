@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -133,3 +134,22 @@ def test_dropout_is_off_in_serving_and_on_in_training() -> None:
     x = torch.randn(2, 40, 16)
     assert not torch.equal(encoder(x), encoder(x))
     check_step_equals_window(encoder, x)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_full_window_equals_continual_inference(layers: int) -> None:
+    """Where it is right: from the step on that fills its window, for one layer; for two, at that step alone."""
+    pytest.importorskip("continual.transformer", reason="continual-inference is a dependency of the benchmarks alone")
+    co = pytest.importorskip("continual")
+    torch.manual_seed(0)
+    factory = co.TransformerEncoderLayerFactory(16, 2, 24, 0.0, nn.functional.relu, sequence_len=6)
+    theirs = co.TransformerEncoder(factory, num_layers=layers).eval()
+    ours: Any = Encoder(1, 16, 2, 6, feedforward=24) if layers == 1 else TwoBlockEncoder(16, 2, 6, feedforward=24)
+    names = re.compile(r"layers\.(\d)\..*?(self_attn|norm1|norm2|linear1|linear2)\.(?:fn\.)?(.*)")
+    ours.load_state_dict({names.sub(r"layers.\1.\2.\3", n): v for n, v in theirs.state_dict().items()})
+    x = torch.randn(2, 40, 16)
+    with torch.no_grad():
+        wanted = [y for t in range(40) if isinstance(y := theirs.forward_step(x[:, t]), torch.Tensor)]
+    assert len(wanted) == 35
+    found, right = stepped(ours.eval(), x)[:, 5:], len(wanted) if layers == 1 else 1
+    assert_close(found[:, :right], torch.stack([y.reshape(2, 16) for y in wanted[:right]], dim=1))

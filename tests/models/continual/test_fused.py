@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stepstream.models.base import copy_rows
-from stepstream.models.continual import attention, encoder, fused
+from stepstream.models.continual import attention, encoder, fused, two_block_encoder
 from stepstream.models.continual.attention import ContinualAttention
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.encoder import FEW, EncoderLayer
@@ -39,7 +39,7 @@ def calls(*, refused: bool = False) -> Iterator[list[str]]:
         return not refused and real_usable(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attention, encoder):
+        for module in (attention, encoder, two_block_encoder):
             patch.setattr(module, "call_kernel", call)
             patch.setattr(module, "usable", usable)
         yield names
@@ -58,7 +58,8 @@ def assert_fused_equals_torch(layer: Layer, batch: int, steps: int, seed: int, k
         with torch.no_grad():
             with calls() as names:
                 found, _ = layer.advance(x, one, rows, due, **present)
-            assert names == [kernel]
+            ends = int(due.sum()) if kernel == "two_block_begin" else 0
+            assert names == [kernel, *["two_block_end"] * ends]
             with calls(refused=True) as names:
                 wanted, _ = layer.advance(x, other, rows, due, **present)
             assert names == []
@@ -115,11 +116,41 @@ def test_many_rows_share_a_product_of_matrices() -> None:
     assert_fused_equals_torch(layer, FEW + 1, 20, 0, "attention_step", absent=False)
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("kv_heads", [1, 3])
-def test_two_blocks(norm_first: bool, kv_heads: int) -> None:
-    layer = TwoBlockEncoder(WIDTH, 3, 5, feedforward=16, norm_first=norm_first, kv_heads=kv_heads)
+@settings(max_examples=12, deadline=None)
+@given(
+    options=st.fixed_dictionaries(
+        {
+            "kv_heads": st.sampled_from([1, 3]),
+            "bias": st.booleans(),
+            "norm_first": st.booleans(),
+            "activation": st.sampled_from(["relu", "gelu"]),
+            "final_norm": st.booleans(),
+        }
+    ),
+    memory=st.integers(1, 7),
+    batch=st.sampled_from([1, 3, FEW]),
+)
+def test_two_blocks(options: dict[str, Any], memory: int, batch: int) -> None:
+    layer = TwoBlockEncoder(WIDTH, 3, memory, feedforward=16, **options)
+    assert_fused_equals_torch(layer, batch, 20, 0, "two_block_begin", absent=False)
+
+
+def test_two_blocks_with_rotary_positions_end_in_a_kernel() -> None:
+    layer = TwoBlockEncoder(WIDTH, 3, 5, feedforward=16, positions="rotary")
     assert_fused_equals_torch(layer, 3, 20, 0, "finish_step", absent=False)
+
+
+@pytest.mark.parametrize("build", [EncoderLayer, TwoBlockEncoder])
+def test_what_is_beside_a_row_does_not_move_its_bits(build: Any) -> None:
+    torch.manual_seed(0)
+    layer = build(64, 4, 5, feedforward=128).eval()
+    x, together, alone = torch.randn(9, FEW, 64), layer.initial_state(FEW), layer.initial_state(FEW)
+    with torch.no_grad():
+        for t in range(9):
+            whole = layer.step(x[t, t % 3 :], together, torch.arange(t % 3, FEW))
+            for row in range(t % 3, FEW):
+                one = layer.step(x[t, row : row + 1], alone, torch.tensor([row]))
+                assert torch.equal(one[0], whole[row - t % 3])
 
 
 def test_queries_of_inputs_are_attention_to_their_keys_and_values() -> None:
@@ -163,7 +194,14 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [-1, 0], [0]])
-@pytest.mark.parametrize("build", [lambda: ContinualAttention(4, 2, 3), lambda: EncoderLayer(4, 2, 3, 8)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ContinualAttention(4, 2, 3),
+        lambda: EncoderLayer(4, 2, 3, 8),
+        lambda: TwoBlockEncoder(4, 2, 3, feedforward=8),
+    ],
+)
 def test_a_row_without_a_slot_is_refused_before_anything_is_written(rows: list[int], build: Any) -> None:
     layer = build().eval()
     state = layer.initial_state(2)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from stepstream.models.base import Tree
 from stepstream.models.continual.attention import ContinualAttention
 from stepstream.models.continual.base import Layer
+from stepstream.models.continual.containers import Residual, Sequential
+from stepstream.models.continual.conv import Conv1d
 from stepstream.models.continual.encoder import Encoder
 from stepstream.models.continual.positions import RecyclingPositions
 from stepstream.models.continual.two_block_encoder import TwoBlockEncoder
@@ -32,6 +34,9 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "encoder": lambda: Encoder(2, WIDTH, 2, 5, feedforward=24, kv_heads=1),
     "two-blocks": lambda: TwoBlockEncoder(WIDTH, 2, 5, feedforward=24, positions="rotary"),
     "recycling-positions": lambda: RecyclingPositions(WIDTH, 7),
+    "network": lambda: Sequential(
+        Residual(Conv1d(WIDTH, WIDTH, 3, dilation=2, padding="causal")), Encoder(1, WIDTH, 2, 5, feedforward=24)
+    ),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -117,7 +122,7 @@ save_file({"y": stepped(layer, given["x"].clone(), state)}, sys.argv[4])
 
 
 def test_a_stream_goes_on_in_another_process_bit_for_bit(tmp_path: Path) -> None:
-    for name in ("attention-rotary-int8", "encoder", "two-blocks"):
+    for name in ("attention-rotary-int8", "encoder", "two-blocks", "network"):
         layer, x = build(name), torch.randn(2, 30, WIDTH)
         state = layer.initial_state(2)
         stepped(layer, x[:, :13], state)

@@ -1,0 +1,147 @@
+"""Fused ends of the two-block encoder's step: what comes before its first attention, and its second block.
+
+As in `kernels.py`. Between them lie products of matrices, which torch does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba.np.numpy_support import carray
+from numpy.typing import NDArray
+
+from stepstream.models.continual.kernels import (
+    bytes_at,
+    feed_forward,
+    floats_at,
+    integers_at,
+    kernel,
+    layer_at,
+    layer_norm,
+    linear,
+    rotate,
+    softmax,
+)
+
+__all__ = ["two_block_begin", "two_block_end"]
+
+Array = NDArray[Any]
+
+
+@kernel
+def two_block_begin(
+    table: Array,
+    eps: float,
+    batch: int,
+    streams: int,
+    x_at: int,
+    input_at: int,
+    projected_at: int,
+    clock_at: int,
+    rows_at: int,
+    due_at: int,
+) -> bool:
+    """Advances clocks of due rows, writes inputs and their queries, keys and values; False: nothing was done.
+
+    `table`, eps: of the first block, see `LayerTable`. Addresses of x [batch, width], the state's leaves with so many
+    `streams`, rows int64 and due bool [batch], or 0. False if a row has no slot.
+    """
+    weights, biases, in_weight, in_bias, _, frequencies = layer_at(table)
+    heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
+    width = heads * head_width
+    x = carray(floats_at(x_at), (batch, width))
+    inputs = carray(floats_at(input_at), (streams, memory, width))
+    projected = carray(floats_at(projected_at), (streams, heads + 2 * groups, memory, head_width))
+    clock = carray(integers_at(clock_at), (streams,))
+    rows = carray(integers_at(rows_at), (batch if rows_at else 0,))
+    due = carray(bytes_at(due_at), (batch if due_at else 0,))
+    if rows.shape[0]:
+        if rows.min() < 0 or rows.max() >= streams:
+            return False
+    elif batch != streams and batch != 0:
+        return False
+    qkv = np.empty((heads + 2 * groups, head_width), np.float32)
+    normed = np.empty(width, np.float32)
+    for b in range(batch):
+        if due.shape[0] and not due[b]:
+            continue
+        row = rows[b] if rows.shape[0] else b
+        time = clock[row]
+        clock[row] = time + 1
+        slot = time % memory
+        for i in range(width):
+            inputs[row, slot, i] = x[b, i]
+            normed[i] = x[b, i]
+        if table[5]:
+            layer_norm(x[b], weights[1], biases[1], eps, normed)
+        linear(in_weight, in_bias, normed, qkv.reshape(-1))
+        rotate(qkv, heads + groups, time, frequencies)
+        for h in range(heads + 2 * groups):
+            for d in range(head_width):
+                projected[row, h, slot, d] = qkv[h, d]
+    return True
+
+
+@kernel
+def _take(
+    tokens: Array, own: Array, in_weight: Array, in_bias: Array, heads: int, groups: int, attended: Array
+) -> None:
+    """What one query, of token `own` [width], takes of tokens [T, width]: `ContinualAttention.attend_inputs`."""
+    count, width = tokens.shape
+    head_width = width // heads
+    q = np.empty(width, np.float32)
+    linear(in_weight[:width], in_bias[:width] if in_bias.shape[0] else in_bias, own, q)
+    scale = np.float32(1) / np.sqrt(np.float32(head_width))
+    asked = np.zeros((heads, width), np.float32)
+    for h in range(heads):
+        first = width + h * groups // heads * head_width
+        for d in range(head_width):
+            factor = q[h * head_width + d] * scale
+            for i in range(width):
+                asked[h, i] += factor * in_weight[first + d, i]
+    scores = np.empty((heads, count), np.float32)
+    for t in range(count):
+        for h in range(heads):
+            s = np.float32(0)
+            for i in range(width):
+                s += asked[h, i] * tokens[t, i]
+            scores[h, t] = s
+    mean = np.zeros((heads, width), np.float32)
+    for h in range(heads):
+        total = softmax(scores[h], count)
+        for t in range(count):
+            scores[h, t] *= total
+    for t in range(count):
+        for h in range(heads):
+            factor = scores[h, t]
+            for i in range(width):
+                mean[h, i] += factor * tokens[t, i]
+    values = width + groups * head_width
+    for h in range(heads):
+        first = values + h * groups // heads * head_width
+        bias = in_bias[first : first + head_width] if in_bias.shape[0] else in_bias
+        linear(in_weight[first : first + head_width], bias, mean[h], attended[h])
+
+
+@kernel
+def two_block_end(table: Array, eps: float, count: int, newest: int, hidden_at: int, y_at: int) -> bool:
+    """The second block's output for token number `newest` of `count`: hidden [count, width], y [width], by address.
+
+    `table`, eps: of the second block, which must be without rotary positions.
+    """
+    weights, biases, in_weight, in_bias, _, _ = layer_at(table)
+    heads, groups, head_width = table[0], table[1], table[2]
+    width = heads * head_width
+    hidden = carray(floats_at(hidden_at), (count, width))
+    y = carray(floats_at(y_at), (width,))
+    attended = np.empty((heads, head_width), np.float32)
+    if table[5]:
+        tokens = np.empty((count, width), np.float32)
+        for t in range(count):
+            layer_norm(hidden[t], weights[1], biases[1], eps, tokens[t])
+        _take(tokens, tokens[newest], in_weight, in_bias, heads, groups, attended)
+    else:
+        _take(hidden, hidden[newest], in_weight, in_bias, heads, groups, attended)
+    feed_forward(hidden[newest], attended.reshape(-1), weights, biases, eps, table[5] != 0, table[6] != 0, y)
+    return True
