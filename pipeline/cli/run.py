@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from stepstream.pipeline.metrics import Metrics
+    from stepstream.pipeline.task import Task
 
 __all__ = ["SetOption", "run"]
 
@@ -50,7 +50,21 @@ def run(
     file: Annotated[Path, typer.Argument(help="A pipeline file (YAML).", show_default=False)],
     settings: SetOption = None,
     metrics_port: Annotated[
-        int | None, typer.Option("--metrics-port", min=0, max=65535, help="Serve Prometheus metrics on this port.")
+        int | None,
+        typer.Option("--metrics-port", min=0, max=65535, help="Serve /metrics, /healthz, /readyz and /status there."),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option("--metrics-host", metavar="ADDRESS", help="On this address; 0.0.0.0 in a container.")
+    ] = "127.0.0.1",
+    stuck_after: Annotated[
+        float | None,
+        typer.Option(
+            "--stuck-after",
+            metavar="SECONDS",
+            min=1,
+            help="/healthz fails if the loop has not turned for so long.",
+            show_default="what the engine's longest step takes",
+        ),
     ] = None,
     log_level: Annotated[str, typer.Option("--log", help="debug, info, warning or error.")] = "warning",
     log_json: Annotated[bool, typer.Option("--log-json", help="Logs as JSON lines.")] = False,
@@ -68,7 +82,8 @@ def run(
     try:
         # Before what takes long to import: a stop that comes in the meantime is one as well.
         with leave_on_signals() as begin:
-            _run(file, settings or [], metrics_port, (log_level, log_json), as_json, begin)
+            endpoint = (metrics_port, metrics_host, stuck_after)
+            _run(file, settings or [], endpoint, (log_level, log_json), as_json, begin)
     except StoppedEarly:
         if as_json:
             emit_json({"started": False, "ended": False, "stopped": True})
@@ -79,7 +94,7 @@ def run(
 def _run(
     file: Path,
     settings: list[str],
-    metrics_port: int | None,
+    endpoint: tuple[int | None, str, float | None],
     log: tuple[str, bool],
     as_json: bool,
     begin: Callable[[], None],
@@ -99,7 +114,7 @@ def _run(
     built = pipeline.build()
     with stop_on_signals() as stop, record_progress(pipeline.name) as on_progress:
         begin()
-        stop_serving = None if metrics_port is None else _serve(built.task.metrics, metrics_port)
+        stop_serving = _serve(built.task, *endpoint)
         try:
             result = built.run(stop, on_progress, scores.see)
         finally:
@@ -115,14 +130,21 @@ def _run(
         show(summary, console(stderr=to_stdout))
 
 
-def _serve(metrics: Metrics, port: int) -> Callable[[], None]:
-    """Serves the metrics; what ends that. Raises InputError if the port is taken."""
+def _serve(task: Task, port: int | None, host: str, stuck_after_s: float | None) -> Callable[[], None] | None:
+    """Serves what there is to be seen of a run, if asked to; what ends that. Raises InputError if the port is taken."""
     from stepstream.connectors.base import InputError
+    from stepstream.pipeline.watching import serve
 
+    if stuck_after_s is not None:
+        task.metrics.vitals.longest_step_s = stuck_after_s
+    if port is None:
+        return None
     try:
-        return metrics.serve(port)[1]
+        return serve(task, port, host)[1]
     except OSError as error:
-        raise InputError(f"--metrics-port {port}: {error.strerror}; expected a free port, or 0 for any") from error
+        raise InputError(
+            f"--metrics-port {port} on {host}: {error.strerror}; expected a free port, or 0 for any"
+        ) from error
 
 
 def summarise(
