@@ -107,6 +107,7 @@ def _run(
     use_current_folder()
     logs.configure(log[0], "json" if log[1] else "human")
     pipeline = Pipeline.from_file(file, settings, os.environ)
+    logs.name_pipeline(pipeline.name)
     to_stdout = pipeline.config.sink.type_name == "stdout"
     if as_json and to_stdout:
         raise WrongUse("--json: this pipeline's sink writes to stdout itself; expected another sink (--set sink=null)")
@@ -117,6 +118,10 @@ def _run(
         stop_serving = _serve(built.task, *endpoint)
         try:
             result = built.run(stop, on_progress, scores.see)
+        except Exception as error:
+            if log[1]:  # the line that says so to a person is none of JSON
+                logs.get_logger(__name__).error("the run failed", extra={"reason": " ".join(str(error).split())})
+            raise
         finally:
             if stop_serving is not None:
                 stop_serving()

@@ -187,7 +187,7 @@ class _Run:
             self.stable_at = now
         elif now - self.stable_at > max(_STUCK_S, 3 * self.options.session_timeout_ms / 1000):
             self.task.metrics.operator_event("engine", "joined_anew")
-            _LOG.warning("joining the group anew", extra={"seconds_without": round(now - self.stable_at)})
+            _LOG.warning("joining the group anew", extra={"seconds": round(now - self.stable_at)})
             self._join()
 
     def _leave(self) -> None:

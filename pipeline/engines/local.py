@@ -203,7 +203,7 @@ class _Run:
                 "Its outputs are final: give the new run another output folder"
             )
         self.ended = True
-        _LOG.info("the run is complete already", extra={"records_in": done})
+        _LOG.info("the run is complete already", extra={"records": done})
         return self._result(already_complete=True)
 
     def _recover(self, commit: Commit) -> None:
@@ -321,7 +321,7 @@ class _Run:
             with self._disk():
                 self.sink.prepare()
         done = sum(self.offsets.values())
-        _LOG.info("stopped", extra={"read": done, "committed": sum(self.committed.values())})
+        _LOG.info("stopped", extra={"records": done, "committed": sum(self.committed.values())})
 
     def _take(self, polled: list[Record]) -> None:
         """Does all that is to be done with records that were polled."""
