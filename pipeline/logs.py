@@ -1,7 +1,7 @@
 """Structured logs on stderr: stdout belongs to results.
 
-As JSON, a line has the keys of `ALWAYS`, `pipeline` as soon as it is known, and those of `KEYS` that its message is about.
-They are stable: a new one may come, none changes its meaning. docs/operations.md has them as a table.
+As JSON, a line has the keys of `ALWAYS`, `pipeline` as soon as it is known, and those of `KEYS` that its message is
+about. They are stable: a new one may come, none changes its meaning. docs/operations.md has them as a table.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ KEYS = {
     "id": "the transactional id",
     "key": "the record's key",
     "library": "whose warning it is",
+    "model": "the model's name",
     "offset": "the record's offset",
     "operator": "the operator's name",
     "outputs": "how many outputs",

@@ -54,7 +54,13 @@ def run(
         typer.Option("--metrics-port", min=0, max=65535, help="Serve /metrics, /healthz, /readyz and /status there."),
     ] = None,
     metrics_host: Annotated[
-        str, typer.Option("--metrics-host", metavar="ADDRESS", help="On this address; 0.0.0.0 in a container.")
+        str,
+        typer.Option(
+            "--metrics-host",
+            metavar="ADDRESS",
+            envvar="STEPSTREAM_METRICS_HOST",
+            help="On this address; 0.0.0.0 in a container.",
+        ),
     ] = "127.0.0.1",
     stuck_after: Annotated[
         float | None,
@@ -148,7 +154,7 @@ def _serve(task: Task, port: int | None, host: str, stuck_after_s: float | None)
         return serve(task, port, host)[1]
     except OSError as error:
         raise InputError(
-            f"--metrics-port {port} on {host}: {error.strerror}; expected a free port, or 0 for any"
+            f"--metrics-port {port}: {error.strerror} ({host}); expected a free port, or 0 for any"
         ) from error
 
 
