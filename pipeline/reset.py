@@ -74,11 +74,13 @@ def group_of(checked: PipelineConfig) -> tuple[KafkaSource.Options, str]:
     return source, source.group or checked.name
 
 
-def plan(checked: PipelineConfig, time_ns: int, warm_up: timedelta | None = None) -> list[Move]:
-    """What going to a time would mean, partition by partition; changes nothing.
+def plan(
+    checked: PipelineConfig, time_ns: int | None, to_group: str | None = None, warm_up: timedelta | None = None
+) -> list[Move]:
+    """What going to a time, or to where another group stands, would mean, partition by partition; changes nothing.
 
-    The time is that of Kafka's timestamps: of publishing, unless a publisher says otherwise. Raises InputError if the
-    group has members, KafkaUnavailable.
+    The time is that of Kafka's timestamps: of publishing, unless a publisher says otherwise; `warm_up` goes with it.
+    Raises InputError if the group has members, or the other one has committed nothing; KafkaUnavailable.
     """
     source, group = group_of(checked)
     kafka_client.require_topics(source, [source.topic])
@@ -88,8 +90,12 @@ def plan(checked: PipelineConfig, time_ns: int, warm_up: timedelta | None = None
         places = [TopicPartition(source.topic, p) for p in sorted(consumer.partitions_for_topic(source.topic) or ())]
         firsts = consumer.beginning_offsets(places, timeout_ms=_ANSWER_MS)
         ends = consumer.end_offsets(places, timeout_ms=_ANSWER_MS)
-        offsets = _offsets_at(consumer, places, time_ns, ends)
-        warm = None if warm_up is None else _offsets_at(consumer, places, time_ns - _ns(warm_up), ends)
+        warm = None
+        if time_ns is None:
+            offsets = _offsets_of(source, str(to_group), places)
+        else:
+            offsets = _offsets_at(consumer, places, time_ns, ends)
+            warm = None if warm_up is None else _offsets_at(consumer, places, time_ns - _ns(warm_up), ends)
         return [
             Move(
                 place.partition,
@@ -101,6 +107,15 @@ def plan(checked: PipelineConfig, time_ns: int, warm_up: timedelta | None = None
             )
             for place in places
         ]
+
+
+def _offsets_of(source: KafkaSource.Options, group: str, places: list[TopicPartition]) -> dict[TopicPartition, int]:
+    """What another group has committed."""
+    with closing(kafka_client.consumer(source, group_id=group, auto_offset_reset="none")) as other:
+        found = {place: other.committed(place, timeout_ms=_ANSWER_MS) for place in places}
+    if missing := [place.partition for place, offset in found.items() if offset is None]:
+        raise InputError(f"the group {group} has committed nothing of partition {missing[0]} of {source.topic}")
+    return found
 
 
 def apply(checked: PipelineConfig, moves: list[Move]) -> None:

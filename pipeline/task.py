@@ -32,6 +32,7 @@ from stepstream.connectors.records import Origin, Record, Score
 from stepstream.operators.base import END_INDEX, Operator, State
 from stepstream.pipeline.metrics import Metrics
 from stepstream.pipeline.order import Order
+from stepstream.pipeline.tracing import NoTracing, Tracing
 
 __all__ = ["OperatorError", "Outcome", "Task"]
 
@@ -114,6 +115,7 @@ class Task:
         self.replaying = False
         """Set while the log before the committed offset is replayed: outputs are thrown away and nothing is counted."""
         self.metrics = metrics
+        self.tracing: Tracing = NoTracing()
         self.operators = tuple(operators)
         names = [name for name, _ in operators]
         for name in names:
@@ -135,6 +137,8 @@ class Task:
         if not records:
             return Outcome([], [])
         started = perf_counter()
+        if not self.replaying:
+            self.tracing.begin(records)
         count = len(records)
         stream, refused = self._admit(records)
         dead: list[_Dead] = []
@@ -267,7 +271,9 @@ class Task:
             at = _culprit(error, given)
             self._fail(stage, f"failed {at}: {type(error).__name__}: {error}", error)
         if not self.replaying:
-            self.metrics.observe_operator(stage.name, perf_counter() - started)
+            seconds = perf_counter() - started
+            self.metrics.observe_operator(stage.name, seconds)
+            self.tracing.operator(stage.name, seconds)
         return outputs
 
     def _fail(self, stage: _Stage, what: str, error: Exception | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`stepstream reset FILE --to-time T`: processing again from a time on."""
+"""`stepstream reset FILE`: processing from a time on, or from where another pipeline stands."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ EXAMPLES = """\b
 Examples:
   stepstream reset la.yaml --to-time 2026-03-01T06:00:00Z
   stepstream reset la.yaml --to-time 2026-03-01T06:00:00Z --set name=la-again --set sink.kafka.topic=again --yes
+  stepstream reset la-new.yaml --to-group la --yes
 """
 
 
@@ -34,8 +35,12 @@ Examples:
 def reset(
     file: Annotated[Path, typer.Argument(help="A pipeline file (YAML).", show_default=False)],
     to_time: Annotated[
-        str, typer.Option("--to-time", metavar="TIME", help="ISO 8601; of Kafka's timestamps.", show_default=False)
-    ],
+        str | None, typer.Option("--to-time", metavar="TIME", help="ISO 8601; of Kafka's timestamps.")
+    ] = None,
+    to_group: Annotated[
+        str | None,
+        typer.Option("--to-group", metavar="GROUP", help="Where that group (a pipeline's name) has committed."),
+    ] = None,
     settings: SetOption = None,
     warm_up: Annotated[
         str | None,
@@ -50,7 +55,9 @@ def reset(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Moves a Kafka pipeline, of which nothing runs, to a time: what comes from there on is processed and published.
+    """Moves a Kafka pipeline, of which nothing runs, to a time, or to where another one stands.
+
+    What comes from there on is processed and published.
 
     What was published of that already is published again, under the same ids. Give the pipeline another name and
     another output topic (--set), and both stand side by side.
@@ -60,18 +67,28 @@ def reset(
     from stepstream.pipeline.pipeline import Pipeline
     from stepstream.pipeline.reset import apply, group_of, plan
 
-    time_ns, before = _time(to_time), _duration(warm_up)
+    if (to_time is None) == (to_group is None):
+        raise WrongUse("expected either --to-time or --to-group")
+    if warm_up is not None and to_time is None:
+        raise WrongUse("--warm-up goes with --to-time")
+    time_ns, before = None if to_time is None else _time(to_time), _duration(warm_up)
     use_current_folder()
     checked = Pipeline.from_file(file, settings or [], os.environ).config
     source, group = group_of(checked)
-    moves = plan(checked, time_ns, before)
+    moves = plan(checked, time_ns, to_group, before)
     if yes:
         apply(checked, moves)
     rows = [move.row() for move in moves]
     again, skipped = (sum(row[what] for row in rows) for what in ("again", "skipped"))
     if as_json:
-        about = {"pipeline": checked.name, "group": group, "topic": source.topic, "to_time": to_time, "moved": yes}
-        emit_json({**about, "again": again, "skipped": skipped, "partitions": rows})
+        about = {
+            "pipeline": checked.name,
+            "group": group,
+            "topic": source.topic,
+            "to_time": to_time,
+            "to_group": to_group,
+        }
+        emit_json({**about, "moved": yes, "again": again, "skipped": skipped, "partitions": rows})
         return
     table = Table(header_style="bold")
     for column in ("partition", "log", "committed", "goes to", "to publish", "again", "skipped", "state from"):

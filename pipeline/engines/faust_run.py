@@ -288,6 +288,7 @@ class FaustRun:
         records, outcome, outgoing = await self._in_thread(self._step, messages)
         began = time.monotonic()
         await self._send(outgoing)
+        self.task.tracing.done()
         for partition, offset in ahead.items():
             held = self.states.held[partition]
             held.offset = held.committed = offset
@@ -304,8 +305,11 @@ class FaustRun:
 
     def _step(self, messages: dict[int, list[ConsumerRecord]]) -> tuple[list[Record], Outcome, list[Message]]:
         records = self.partitions.records(messages)
+        self.task.tracing.arrived(self.topic, messages)
         outcome = self.task.process(records)
-        return records, outcome, self.published.messages(outcome.outputs, outcome.dead)
+        outgoing = self.published.messages(outcome.outputs, outcome.dead)
+        self.task.tracing.stamp(outgoing)
+        return records, outcome, outgoing
 
     async def _fill(self, partition: int, end: int) -> None:
         """Faust left out the offsets before `end`: markers of transactions, mostly. Records among them count."""

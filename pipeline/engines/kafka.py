@@ -123,7 +123,8 @@ class _Run:
         self.group = source.options.group or task.metrics.pipeline
         self.states = PartitionStates(task, self.topic, options.snapshots, options.snapshot_every_s)
         self.standby = Standby(source.options, self.states, self._offsets, self._follow, self._replay)
-        self.report, self.vitals = Report(self.states, self.topic, self._end), task.metrics.vitals
+        self.report = Report(self.states, self.topic, lambda p: self.consumer.highwater(TopicPartition(self.topic, p)))
+        self.vitals = task.metrics.vitals
         self.rebalances = kafka_group.Rebalances()
         self.dead_letters = DeadLetterLog()
         self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
@@ -266,6 +267,7 @@ class _Run:
         reader, held = self.source.reader, self.states.held
         ahead = {place.partition: messages[-1].offset + 1 for place, messages in polled.items() if messages}
         records = self.states.admit(reader.records(polled))
+        self.task.tracing.arrived(self.topic, polled)
         old = [r for r in records if r.origin.offset < held[r.origin.partition].committed]
         live = [r for r in records if r.origin.offset >= held[r.origin.partition].committed] if old else records
         self._replay(old)
@@ -321,6 +323,7 @@ class _Run:
         assert producer is not None
         # All that the transaction needs, and its very producer: one that was given up must not reach into the next.
         messages = self.published.messages(outcome.outputs, outcome.dead)
+        self.task.tracing.stamp(messages)
         places = {
             TopicPartition(self.topic, p): OffsetAndMetadata(offset, kafka_group.begin_note(self.states.begin(p)), -1)
             for p, offset in offsets.items()
@@ -346,6 +349,7 @@ class _Run:
         self.records_out += len(outcome.outputs)
         self.dead += len(outcome.dead)
         self.dead_letters.see(outcome.dead)
+        self.task.tracing.done()
         if isinstance(self.sink, WatchedSink) and outcome.outputs:
             self.sink.seen(outcome.outputs)
         self.task.metrics.observe_commit(time.monotonic() - began)
@@ -373,6 +377,7 @@ class _Run:
         if isinstance(error, errors.NoOffsetForPartitionError):
             self.doubted = True  # a partition's first time: where it begins is read next
             return
+        self.task.tracing.done(error)
         self.task.metrics.operator_event("engine", "aborted")
         self.vitals.enter("recovering", f"what is committed is read again: {error!r}")
         _LOG.warning("what is committed is read again", extra={"reason": repr(error)})
@@ -475,10 +480,6 @@ class _Run:
         return read_manifests(self.manifests, manifest_topic(self.group), self.topic, partitions, timeout_s)
 
     # ---- what is told
-
-    def _end(self, partition: int) -> int | None:
-        end: int | None = self.consumer.highwater(TopicPartition(self.topic, partition))
-        return end
 
     def _position(self, partition: int) -> int | None:
         position: int | None = self.consumer.position(TopicPartition(self.topic, partition), _POLL_MS)

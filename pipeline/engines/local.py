@@ -327,6 +327,7 @@ class _Run:
         """Does all that is to be done with records that were polled."""
         for records, reached in self._cut(polled):
             self._deliver(self.task.process(records))
+            self.task.tracing.done()
             self.records_in += len(records)
             if not isinstance(records[-1].value, Undecodable):
                 self.task.metrics.set_event_time(records[-1].time_ns)

@@ -149,9 +149,14 @@ def test_json_lines_name_their_pipeline_and_libraries_speak_json_too() -> None:
 
 
 def test_a_run_that_fails_says_so_in_json_too(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("name: bad\nsource: {jsonl: {path: none.jsonl}}\nsink: 'null'\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.yaml").write_text(
+        "name: bad\nsource: {jsonl: {path: empty.jsonl}}\nsink: {files: {path: /dev/null/out}}\n"
+    )
     done = command(tmp_path, "run", "bad.yaml", "--log-json", "--log", "info")
     *lines, last = done.err.splitlines()
     told = [json.loads(line) for line in lines]
     assert done.code == 1 and last.startswith("error: ")
+    assert (told[-1]["level"], told[-1]["message"], told[-1]["pipeline"]) == ("error", "the run failed", "bad")
+    assert told[-1]["reason"] == last.removeprefix("error: ")
     assert all({*ALWAYS} <= set(line) and set(line) <= {*ALWAYS, *KEYS} for line in told)
