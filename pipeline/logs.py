@@ -16,7 +16,7 @@ __all__ = ["ALWAYS", "KEYS", "configure", "get_logger", "name_pipeline"]
 
 _ROOT = "stepstream"
 # Their warnings would come as bare text between JSON lines; those of Faust come through our own logger.
-_LIBRARIES = ("kafka", "py.warnings")
+_LIBRARIES = ("kafka", "opentelemetry", "py.warnings")
 
 ALWAYS = ("time", "level", "logger", "message")
 """On every line: when (UTC, ISO 8601), debug to error, who, what."""

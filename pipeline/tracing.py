@@ -158,10 +158,11 @@ def tracer_provider(exporter: Literal["otlp", "console"]) -> TracerProvider:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
     except ImportError as error:
         raise InputError("--traces: needs OpenTelemetry: pip install stepstream[otel]") from error
+    import os
     import sys
 
     target: SpanExporter = OTLPSpanExporter() if exporter == "otlp" else ConsoleSpanExporter(out=sys.stderr)
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before it.
-    provider = TracerProvider(resource=Resource({"service.name": "stepstream"}).merge(Resource.create()))
+    named = "OTEL_SERVICE_NAME" in os.environ or "service.name" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    provider = TracerProvider(resource=Resource.create({} if named else {"service.name": "stepstream"}))
     provider.add_span_processor(BatchSpanProcessor(target))
     return provider

@@ -12,11 +12,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from tests.support import MINUTE, reading
 
+from stepstream.connectors.base import InputError
 from stepstream.connectors.kafka_messages import Message, output_message
 from stepstream.operators.align import Align
 from stepstream.pipeline.metrics import Metrics
 from stepstream.pipeline.task import Task
-from stepstream.pipeline.tracing import NoTracing, OpenTelemetry
+from stepstream.pipeline.tracing import NoTracing, OpenTelemetry, tracer_provider
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -124,3 +125,14 @@ def test_without_it_nothing_is_done_and_nothing_is_imported(monkeypatch: pytest.
     messages: list[Any] = rig.batch(0, {1: traced()})
     rig.task.tracing.done()
     assert messages and all(header(m, "traceparent") is None for m in messages)
+
+
+def test_where_traces_go_and_under_which_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+        monkeypatch.delenv(name, raising=False)
+    assert tracer_provider("console").resource.attributes["service.name"] == "stepstream"
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "la")
+    assert tracer_provider("otlp").resource.attributes["service.name"] == "la"
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    with pytest.raises(InputError, match=r"pip install stepstream\[otel\]"):
+        tracer_provider("otlp")
