@@ -94,10 +94,10 @@ def compare(one: PipelineConfig, two: PipelineConfig, since_ns: int | None = Non
                 continue
             ours, theirs = first[key, model, horizon], second[other]
             common = sorted(t for t in ours.keys() & theirs.keys() if since_ns is None or t >= since_ns)
-            pairs = [(ours[t], theirs[t]) for t in common]
-            pairs = [pair for pair in pairs if all(math.isfinite(score["window_mae"]) for score in pair)]
-            if pairs:
-                rows.append({"key": key, "horizon_s": horizon, "models": [model, other[1]], **_means(pairs, common)})
+            times = [t for t in common if all(math.isfinite(side[t]["window_mae"]) for side in (ours, theirs))]
+            if times:
+                means = _means([(ours[t], theirs[t]) for t in times], times)
+                rows.append({"key": key, "horizon_s": horizon, "models": [model, other[1]], **means})
     if not rows:
         raise InputError(f"{one.name} and {two.name} have no scores of the same network, horizon and moment")
     return rows

@@ -16,7 +16,7 @@ from kafka import errors as kafka_errors
 from kafka.consumer.fetcher import ConsumerRecord
 
 from stepstream.connectors import kafka_client
-from stepstream.connectors.base import InputError, Sink
+from stepstream.connectors.base import InputError, Sink, Undecodable
 from stepstream.connectors.kafka import KafkaSink, KafkaSource
 from stepstream.connectors.kafka_client import KafkaUnavailable
 from stepstream.connectors.kafka_messages import Message
@@ -284,7 +284,7 @@ class FaustRun:
         """Messages through the task, and all that they lead to to the brokers; then the state counts as published."""
         if not messages:
             return
-        self.report.waited(found[0].timestamp for found in messages.values())
+        self.report.waited(messages)
         records, outcome, outgoing = await self._in_thread(self._step, messages)
         began = time.monotonic()
         await self._send(outgoing)
@@ -300,7 +300,7 @@ class FaustRun:
         if isinstance(self.sink, WatchedSink) and outcome.outputs:
             self.sink.seen(outcome.outputs)
         self.task.metrics.observe_commit(time.monotonic() - began)
-        if records:
+        if records and not isinstance(records[-1].value, Undecodable):
             self.task.metrics.set_event_time(records[-1].time_ns)
 
     def _step(self, messages: dict[int, list[ConsumerRecord]]) -> tuple[list[Record], Outcome, list[Message]]:

@@ -32,7 +32,7 @@ from kafka.structs import MemberState, OffsetAndMetadata
 from pydantic import BaseModel
 
 from stepstream.connectors import codecs, kafka_client
-from stepstream.connectors.base import Sink, Source
+from stepstream.connectors.base import Sink, Source, Undecodable
 from stepstream.connectors.kafka import KafkaSink, KafkaSource, send_all
 from stepstream.connectors.kafka_client import KafkaUnavailable, Producer, reaching
 from stepstream.connectors.records import Record
@@ -263,7 +263,7 @@ class _Run:
             self.vitals.enter("joining", "the group has not taken it in yet")
             self.doubted = bool(polled)
             return
-        self.report.waited(messages[0].timestamp for messages in polled.values() if messages)
+        self.report.waited(polled)
         reader, held = self.source.reader, self.states.held
         ahead = {place.partition: messages[-1].offset + 1 for place, messages in polled.items() if messages}
         records = self.states.admit(reader.records(polled))
@@ -353,7 +353,7 @@ class _Run:
         if isinstance(self.sink, WatchedSink) and outcome.outputs:
             self.sink.seen(outcome.outputs)
         self.task.metrics.observe_commit(time.monotonic() - began)
-        if live:
+        if live and not isinstance(live[-1].value, Undecodable):
             self.task.metrics.set_event_time(live[-1].time_ns)
 
     # ---- what else can happen

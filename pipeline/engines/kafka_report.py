@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from stepstream.pipeline.board import Board, Place
 from stepstream.pipeline.engines.base import RunResult
@@ -26,12 +27,15 @@ class Report:
         self._board = Board(states.task)
         self._idle_since: float | None = None
 
-    def waited(self, times_ms: Iterable[int]) -> None:
-        """When the oldest message of each partition of a poll was published."""
+    def waited(self, polled: Mapping[Any, Sequence[Any]]) -> None:
+        """How long the oldest new message of each partition of a poll has waited since it was published."""
         now = time.time()
-        for time_ms in times_ms:
-            if time_ms >= 0:
-                self._metrics.observe_queue(now - time_ms / 1000)
+        for messages in polled.values():
+            held = self._states.held.get(messages[0].partition) if messages else None
+            if held is not None:
+                first = next((m for m in messages if m.offset >= held.committed), None)
+                if first is not None and first.timestamp >= 0:
+                    self._metrics.observe_queue(now - first.timestamp / 1000)
 
     def settled(self, assigned: Collection[int], behind: Mapping[int, int]) -> None:
         """A turn went well: whether what is assigned is all there. `behind`: records to replay, by partition."""

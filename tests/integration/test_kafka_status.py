@@ -9,9 +9,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster import Cluster
+from prometheus_client import generate_latest
 from test_kafka_engine import Stream
 
 from stepstream.pipeline.engines.kafka_report import Report
@@ -19,6 +20,12 @@ from stepstream.pipeline.engines.kafka_state import Held, PartitionStates
 from stepstream.pipeline.metrics import Metrics
 from stepstream.pipeline.task import Task
 from stepstream.pipeline.watching import serve
+
+
+class Message(NamedTuple):
+    partition: int
+    offset: int
+    timestamp: float
 
 
 def get(port: int, page: str) -> tuple[int, dict[str, Any]]:
@@ -95,4 +102,12 @@ def test_a_member_is_not_ready_while_it_restores_or_replays() -> None:
     assert not readiness.readiness.ready and readiness.readiness.reason == "50 records of partitions 0"
     report.settled({0, 1}, {})
     assert readiness.readiness.ready
+    now = time.time() * 1000
+    old, new = Message(0, 60, now - 9e6), Message(0, 95, now - 2000)
+    report.waited({0: [old, old], 1: []})
+    report.waited({0: [old, new]})
+    told = generate_latest(task.metrics.registry).decode()
+    assert 'stepstream_queue_seconds_count{pipeline="p"} 1.0' in told, "what is replayed did not wait"
+    assert 'stepstream_queue_seconds_bucket{le="1.0",pipeline="p"} 0.0' in told
+    assert 'stepstream_queue_seconds_bucket{le="5.0",pipeline="p"} 1.0' in told
     assert report.tell() == 60 and [p.lag for p in readiness.partitions] == [60, 0]
