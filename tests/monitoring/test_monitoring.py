@@ -187,3 +187,23 @@ def test_every_alert_has_its_runbook() -> None:
         page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
         assert page == "docs/operations.md" and anchor in {heading.lstrip("-") for heading in headings}, rule["alert"]
         assert rule["annotations"]["summary"] and rule["annotations"]["description"] and rule["labels"]["severity"]
+
+
+def test_the_dashboard_is_provisioned_with_the_source_that_its_panels_ask() -> None:
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "stepstream.yml").read_text())["providers"]
+    dashboard = json.loads(DASHBOARD.read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]} and provider["type"] == "file"
+    numbers = [panel["id"] for panel in dashboard["panels"]]
+    assert len(numbers) == len(set(numbers))
+    taken: set[tuple[int, int]] = set()
+    for place in (panel["gridPos"] for panel in dashboard["panels"]):
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken and max(x for x, _ in cells) < 24, "no panel lies over another"
+        taken |= cells
