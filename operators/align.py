@@ -413,6 +413,11 @@ class Align(Operator):
         """The keys that have sent anything."""
         return self._states.keys()
 
+    def watermark(self, key: str) -> int | None:
+        """The key's newest believed event time minus `lateness`."""
+        state = self._states.get(key)
+        return None if state is None or state.newest is None else state.newest - self._lateness
+
     def snapshot(self, key: str) -> State:
         """The key's open slots, learned sensors, clock and held records."""
         return {"every_ns": self._every, "fixed": self._sensors is not None} | self._states[key].snapshot()

@@ -112,6 +112,14 @@ class Operator(ABC):
     def drop(self, key: str) -> None:
         """Forgets a key (its partition went to another process). A key without state is not an error."""
 
+    def watermark(self, key: str) -> int | None:
+        """The event time in ns before which it waits for no record of the key any more; None if it never waits."""
+        return None
+
+    def state_bytes(self) -> int | None:
+        """The memory that the state of all keys takes; None if it does not know."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """What a person wants to know in `stepstream describe`: options that matter, state size, receptive field."""
         return {}

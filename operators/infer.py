@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class StateRows:
     def __contains__(self, key: str) -> bool:
         return key in self._rows
 
-    def keys(self) -> Iterable[str]:
+    def keys(self) -> KeysView[str]:
         """The keys that own a row."""
         return self._rows.keys()
 
@@ -228,6 +228,10 @@ class Infer(Operator):
         """Frees the row of a key."""
         self.rows.close(key)
         self.memory.pop(key, None)
+
+    def state_bytes(self) -> int | None:
+        """The rows of the model's state that are in use."""
+        return state_bytes_per_stream(self.rows.state) * len(self.rows.keys())
 
     def describe(self) -> dict[str, Any]:
         """Receptive field, delay, state size and parameter count."""

@@ -1,4 +1,8 @@
-"""Structured logs on stderr: stdout belongs to results."""
+"""Structured logs on stderr: stdout belongs to results.
+
+As JSON, a line has the keys of `ALWAYS`, `pipeline` as soon as it is known, and those of `KEYS` that its message is
+about. They are stable: a new one may come, none changes its meaning. docs/operations.md has them as a table.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,48 @@ import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
-__all__ = ["configure", "get_logger"]
+__all__ = ["ALWAYS", "KEYS", "configure", "get_logger", "name_pipeline"]
 
 _ROOT = "stepstream"
+# Their warnings would come as bare text between JSON lines; those of Faust come through our own logger.
+_LIBRARIES = ("kafka", "opentelemetry", "py.warnings")
+
+ALWAYS = ("time", "level", "logger", "message")
+"""On every line: when (UTC, ISO 8601), debug to error, who, what."""
+
+KEYS = {
+    "assigned": "numbers of the partitions that the group has given to this process",
+    "committed": "the offset that a restart goes on from",
+    "count": "how many of a kind since it was last told",
+    "error": "the stack trace of an exception",
+    "from": "the offset at which a restored state stands",
+    "gaps": "how often records were lost behind a commit",
+    "group": "the consumer group",
+    "host": "the address that is served",
+    "id": "the transactional id",
+    "key": "the record's key",
+    "library": "whose warning it is",
+    "model": "the model's name",
+    "offset": "the record's offset",
+    "operator": "the operator's name",
+    "outputs": "how many outputs",
+    "page": "the page that was asked for",
+    "partition": "the number of a partition",
+    "partitions": "numbers of partitions",
+    "pipeline": "the pipeline's name",
+    "port": "the port that is served",
+    "reason": "why",
+    "records": "how many records",
+    "seconds": "how long",
+    "source": "the partitions of the input",
+    "to_replay": "how many records are to be replayed",
+    "topic": "the topic",
+    "total": "how many of a kind in all",
+    "weights": "sha256 of the weights, by operator",
+}
+"""What stands beside a message, where it is about that."""
+
+_common: dict[str, Any] = {}
 # What logging itself puts on a record; everything else came in through `extra`.
 _BUILT_IN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -34,6 +77,8 @@ class _JsonFormatter(logging.Formatter):
         }
         for name, value in _fields(record).items():
             line[f"{name}_" if name in line else name] = value
+        for name, value in _common.items():
+            line.setdefault(name, value)
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str, ensure_ascii=False)
@@ -63,4 +108,13 @@ def configure(
         logger.removeHandler(old)
     logger.addHandler(handler)
     logger.propagate = False
+    _common.clear()
+    for name in _LIBRARIES if form == "json" else ():
+        library = logging.getLogger(name)
+        library.handlers[:], library.propagate = [handler], False
     return logger
+
+
+def name_pipeline(name: str) -> None:
+    """From now on JSON lines say which pipeline it is, until `configure` is called again."""
+    _common["pipeline"] = name

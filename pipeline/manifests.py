@@ -43,6 +43,8 @@ class Manifest(BaseModel):
     number: NonNegativeInt
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: NonNegativeInt
+    taken_at: float | None = Field(None, exclude=True)
+    """When it was published, Unix time in seconds: what Kafka says of the message, which does not hold it."""
 
     def ref(self) -> SnapshotRef:
         """As a snapshot store knows it."""
@@ -73,7 +75,7 @@ def read_manifests(
     while left and time.monotonic() < deadline:
         for messages in consumer.poll(timeout_ms=100).values():
             for message in messages:
-                manifest = _manifest(message.value)
+                manifest = _manifest(message.value, message.timestamp)
                 if manifest is not None and (manifest.topic, manifest.partition) == (source, message.partition):
                     found[message.partition][manifest.number] = manifest
         left = {place for place in left if (consumer.position(place) or 0) < ends[place]}
@@ -84,11 +86,12 @@ def read_manifests(
     }
 
 
-def _manifest(value: bytes | None) -> Manifest | None:
+def _manifest(value: bytes | None, timestamp_ms: int) -> Manifest | None:
     if value is None or len(value) > _MAX_BYTES:
         return None
     try:
-        return Manifest.model_validate_json(value)
+        taken_at = timestamp_ms / 1000 if timestamp_ms >= 0 else None
+        return Manifest.model_validate_json(value).model_copy(update={"taken_at": taken_at})
     except ValidationError as error:
         _LOG.warning("passing over a manifest", extra={"reason": str(error.errors(include_url=False)[0]["msg"])})
         return None

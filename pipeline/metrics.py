@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from stepstream.pipeline.score_gauges import ScoreGauges
+from stepstream.pipeline.vitals import Vitals
+from stepstream.pipeline.vitals_metrics import VitalsCollector
 
 __all__ = ["Metrics", "Totals", "add_totals", "totals_since"]
 
@@ -18,6 +22,8 @@ Totals: TypeAlias = dict[str, Any]
 
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BYTES = tuple(float(4**power) for power in range(5, 18))
+_RECORDS = tuple(float(4**power) for power in range(10))
+_STREAMS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 _WINDOW = 8192
 
 
@@ -71,6 +77,7 @@ class Metrics:
 
     def __init__(self, pipeline: str = "") -> None:
         self.pipeline = pipeline
+        self.vitals = Vitals()
         self.registry = CollectorRegistry()
         self._records_in = 0
         self._records_out: dict[str, int] = {}
@@ -83,11 +90,26 @@ class Metrics:
         self._snapshot = _Timer(self._plain(self._histogram("snapshot_seconds", "One snapshot.")))
         self._snapshot_sizes = self._plain(self._histogram("snapshot_bytes", "Size of a snapshot.", (), _BYTES))
         self._snapshot_bytes: int | None = None
+        self._batch = self._plain(self._histogram("batch_records", "Input records of one batch.", (), _RECORDS))
+        self._queue = self._plain(self._histogram("queue_seconds", "From a record's publishing to its batch."))
+        self._step = self._histogram("step_seconds", "One step of a model, encoding included.", ("operator",))
+        self._streams = self._histogram("step_streams", "Streams of one step of a model.", ("operator",), _STREAMS)
         self._event_lag: float | None = None
         self._lag: int | None = None
         self._event_lag_gauge = self._gauge("event_time_lag_seconds", "Wall clock minus newest event time processed.")
         self._lag_gauge = self._gauge("lag_records", "Records of the input log that are not processed yet.")
+        self._keys_gauge = self._gauge("keys", "Keys (networks, vehicles, cameras, graphs) with state.")
+        self._state_gauge = Gauge(
+            "stepstream_state_bytes",
+            "Memory of an operator's state, of those that know it.",
+            ("pipeline", "operator"),
+            registry=self.registry,
+        )
+        self.state_bytes: dict[str, int] = {}
+        self.scores = ScoreGauges(pipeline, self.registry)
         self.registry.register(_Counters(self))
+        self.registry.register(VitalsCollector(pipeline, self.vitals))
+        ProcessCollector(registry=self.registry)
 
     def _histogram(
         self, name: str, text: str, labels: tuple[str, ...] = (), buckets: tuple[float, ...] = _SECONDS
@@ -129,6 +151,19 @@ class Metrics:
         """Times one batch through all operators."""
         self._process.add(seconds)
 
+    def observe_batch(self, records: int) -> None:
+        """How many input records one batch had."""
+        self._batch(records)
+
+    def observe_queue(self, seconds: float) -> None:
+        """How long a record waited in its topic, from its publishing until its batch was polled."""
+        self._queue(max(0.0, seconds))
+
+    def observe_step(self, operator: str, streams: int, seconds: float) -> None:
+        """Times one step of a model over so many streams."""
+        self._step.labels(self.pipeline, operator).observe(seconds)
+        self._streams.labels(self.pipeline, operator).observe(streams)
+
     def observe_commit(self, seconds: float) -> None:
         """Times one commit, its snapshot included."""
         self._commit.add(seconds)
@@ -148,6 +183,13 @@ class Metrics:
         """Input records known to exist and not processed yet."""
         self._lag = records
         self._lag_gauge(records)
+
+    def set_state(self, keys: int, state_bytes: Mapping[str, int | None]) -> None:
+        """How many keys have state, and what it takes of memory, by operator; None where one does not know."""
+        self._keys_gauge(keys)
+        self.state_bytes = {name: size for name, size in state_bytes.items() if size is not None}
+        for name, size in self.state_bytes.items():
+            self._state_gauge.labels(self.pipeline, name).set(size)
 
     def totals(self) -> Totals:
         """The counters, as a JSON value of its own."""
@@ -169,17 +211,6 @@ class Metrics:
             "event_time_lag_s": self._event_lag,
             "lag_records": self._lag,
         }
-
-    def serve(self, port: int, host: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
-        """Serves the registry over HTTP on a background thread: (the port, 0 meaning any free one; how to stop it)."""
-        server, thread = start_http_server(port, addr=host, registry=self.registry)
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return int(server.server_port), stop
 
 
 class _Counters(Collector):

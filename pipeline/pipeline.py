@@ -215,6 +215,7 @@ class Pipeline:
         """New objects for one run. Raises InputError or ConfigError, saying for which part, if one cannot be made."""
         from stepstream.pipeline.metrics import Metrics
         from stepstream.pipeline.task import Task
+        from stepstream.pipeline.watching import watch
 
         checked = self.config
         engine: Engine = _made(checked.engine, ("engine", checked.engine.type_name))
@@ -226,6 +227,7 @@ class Pipeline:
             source.close()
             raise
         sink.pipeline = checked.name
+        watch(task, checked.engine.type_name, engine.longest_step_s)
         return Built(task, source, sink, engine, self.state_dir())
 
     def state_dir(self) -> FilePath | None:

@@ -263,6 +263,13 @@ class SnapshotStore:
             raise SnapshotError(f"snapshot {ref.sha256} stands at {snapshot.offsets}, not at {ref.offsets}")
         return snapshot
 
+    def taken_at(self, sha256: str) -> float | None:
+        """When a snapshot was written, Unix time in seconds; None if it is not there."""
+        try:
+            return self.path(sha256).stat().st_mtime
+        except OSError:
+            return None
+
     def remove(self, sha256: str) -> None:
         """Removes one snapshot, if it is there."""
         self.path(sha256).unlink(missing_ok=True)

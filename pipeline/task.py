@@ -28,9 +28,11 @@ from typing import Any, NoReturn, TypeAlias
 from pydantic import BaseModel
 
 from stepstream.connectors.base import DeadLetter, Partition, Undecodable
-from stepstream.connectors.records import Origin, Record
+from stepstream.connectors.records import Origin, Record, Score
 from stepstream.operators.base import END_INDEX, Operator, State
 from stepstream.pipeline.metrics import Metrics
+from stepstream.pipeline.order import Order
+from stepstream.pipeline.tracing import NoTracing, Tracing
 
 __all__ = ["OperatorError", "Outcome", "Task"]
 
@@ -60,46 +62,6 @@ class Outcome:
 
 def _where(origin: Origin) -> str:
     return f"{origin.topic}/{origin.partition}@{origin.offset}"
-
-
-class _Order:
-    """The place of each origin of one call: its arrival.
-
-    Offsets rise within a partition, so with one partition, the common case, the offset itself is the place.
-    """
-
-    def __init__(self, records: Sequence[Record], single: Partition | None) -> None:
-        self._records = records
-        self._single = single
-        self._first = records[0].origin.offset
-        self._last = records[-1].origin.offset
-        self._places: dict[tuple[str, int, int], int] | None = None
-
-    def __getitem__(self, origin: Origin) -> int:
-        """The place of an origin known to be of this call."""
-        place = self.place(origin)
-        assert place is not None, origin
-        return place
-
-    def place(self, origin: Origin) -> int | None:
-        """Where the origin stands in this call, None if it is not of this call."""
-        if self._single is not None:
-            at = origin.offset
-            known = self._first <= at <= self._last and (origin.topic, origin.partition) == self._single
-            return at if known else None
-        if self._places is None:
-            origins = map(_ORIGIN, self._records)
-            self._places = {(o.topic, o.partition, o.offset): n for n, o in enumerate(origins)}
-        return self._places.get((origin.topic, origin.partition, origin.offset))
-
-    def place_or_last(self, record: Record) -> int:
-        """Where a record stands, or the last one if it is of an earlier call."""
-        place = self.place(record.origin)
-        return self[self._records[-1].origin] if place is None else place
-
-    def sort(self, records: list[Record]) -> list[Record]:
-        """Records of this call, in order."""
-        return sorted(records, key=lambda record: (self[record.origin], record.path))
 
 
 class _StageContext:
@@ -153,6 +115,7 @@ class Task:
         self.replaying = False
         """Set while the log before the committed offset is replayed: outputs are thrown away and nothing is counted."""
         self.metrics = metrics
+        self.tracing: Tracing = NoTracing()
         self.operators = tuple(operators)
         names = [name for name, _ in operators]
         for name in names:
@@ -174,18 +137,21 @@ class Task:
         if not records:
             return Outcome([], [])
         started = perf_counter()
+        if not self.replaying:
+            self.tracing.begin(records)
         count = len(records)
         stream, refused = self._admit(records)
         dead: list[_Dead] = []
         if stream or refused:
             single = self._note(stream) if stream else None
-            order = _Order(records, single if not refused else None)
+            order = Order(records, single if not refused else None)
             for record, reason in refused:
                 dead.append((order[record.origin], -1, record, reason))
             stream = self._flow(stream, 0, order, dead)
         outcome = self._outcome(stream, dead)
         if not self.replaying:
             self.metrics.records_in(count)
+            self.metrics.observe_batch(count)
             self.metrics.observe_process(perf_counter() - started)
         return outcome
 
@@ -205,7 +171,7 @@ class Task:
             Record(record.key, record.time_ns, None, record.origin)
             for record in sorted(self._last.values(), key=coordinates)
         ]
-        order = _Order(lasts, None)
+        order = Order(lasts, None)
         places = {last.key: place for place, last in enumerate(lasts)}
         dead: list[_Dead] = []
         collected: list[Record] = []
@@ -270,7 +236,7 @@ class Task:
             self._routes[kind] = route
         return route
 
-    def _flow(self, stream: list[Record], first: int, order: _Order, dead: list[_Dead]) -> list[Record]:
+    def _flow(self, stream: list[Record], first: int, order: Order, dead: list[_Dead]) -> list[Record]:
         """What is left of a stream behind the last operator, in order."""
         for stage in self._stages[first:]:
             if not stream:
@@ -305,7 +271,9 @@ class Task:
             at = _culprit(error, given)
             self._fail(stage, f"failed {at}: {type(error).__name__}: {error}", error)
         if not self.replaying:
-            self.metrics.observe_operator(stage.name, perf_counter() - started)
+            seconds = perf_counter() - started
+            self.metrics.observe_operator(stage.name, seconds)
+            self.tracing.operator(stage.name, seconds)
         return outputs
 
     def _fail(self, stage: _Stage, what: str, error: Exception | None = None) -> NoReturn:
@@ -329,7 +297,7 @@ class Task:
             context.dead.clear()
 
     def _adopt(
-        self, stage: _Stage, outputs: list[Record], given: list[Record], order: _Order, base: int
+        self, stage: _Stage, outputs: list[Record], given: list[Record], order: Order, base: int
     ) -> list[Record]:
         """An operator's outputs with their final paths, in order. Raises OperatorError if they break the contract."""
         stages, index, limit = len(self._stages), stage.index, base + END_INDEX
@@ -374,6 +342,8 @@ class Task:
             self.metrics.dead_letter(letter.operator)
         for kind in set(kinds := list(map(type, map(_VALUE, outputs)))):
             self.metrics.records_out(kind.__name__, kinds.count(kind))
+            if kind is Score:
+                self.metrics.scores.see(outputs)
         return Outcome(outputs, letters)
 
     # ---- the state
@@ -385,6 +355,15 @@ class Task:
     def partitions(self, key: str) -> list[Partition]:
         """The partitions a key was seen on. More than one means that its state cannot move with a partition."""
         return sorted(partition for partition, keys in self._seen.items() if key in keys)
+
+    def standing(self, partition: Partition) -> tuple[int, int | None, int | None]:
+        """(keys, newest event time taken in, watermark) of a partition, times in ns; None where there is none.
+
+        The watermark is the oldest of its keys': nothing before it is waited for any more by any operator.
+        """
+        keys = [key for key in self._seen.get(partition, ()) if key in self._last]
+        marks = [mark for _, o in self.operators for key in keys if (mark := o.watermark(key)) is not None]
+        return len(keys), max((self._last[key].time_ns for key in keys), default=None), min(marks, default=None)
 
     def snapshot(self, keys: Iterable[str] | None = None) -> dict[str, State]:
         """The state of each key (of these keys): all that `restore` needs. Unknown keys are left out."""

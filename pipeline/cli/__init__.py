@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from stepstream.pipeline.cli import dedupe, demo, describe, evaluate, inspect, models, replay, run, topics, train
+from stepstream.pipeline.cli import (
+    compare,
+    dedupe,
+    demo,
+    describe,
+    evaluate,
+    inspect,
+    models,
+    replay,
+    reset,
+    run,
+    topics,
+    train,
+)
 
 __all__ = ["app", "main"]
 
@@ -40,7 +53,7 @@ def _stepstream(
     """Spatio-temporal models on live streams, one step at a time."""
 
 
-for _module in (demo, run, describe, inspect, replay, topics, dedupe, train, evaluate, models):
+for _module in (demo, run, describe, inspect, replay, topics, reset, dedupe, compare, train, evaluate, models):
     _name = _module.__name__.rpartition(".")[2]
     app.command(_name, epilog=_module.EXAMPLES)(getattr(_module, _name))
 

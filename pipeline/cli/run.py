@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from stepstream.pipeline.metrics import Metrics
+    from stepstream.pipeline.task import Task
 
 __all__ = ["SetOption", "run"]
 
@@ -50,7 +51,31 @@ def run(
     file: Annotated[Path, typer.Argument(help="A pipeline file (YAML).", show_default=False)],
     settings: SetOption = None,
     metrics_port: Annotated[
-        int | None, typer.Option("--metrics-port", min=0, max=65535, help="Serve Prometheus metrics on this port.")
+        int | None,
+        typer.Option("--metrics-port", min=0, max=65535, help="Serve /metrics, /healthz, /readyz and /status there."),
+    ] = None,
+    metrics_host: Annotated[
+        str,
+        typer.Option(
+            "--metrics-host",
+            metavar="ADDRESS",
+            envvar="STEPSTREAM_METRICS_HOST",
+            help="On this address; 0.0.0.0 in a container.",
+        ),
+    ] = "127.0.0.1",
+    stuck_after: Annotated[
+        float | None,
+        typer.Option(
+            "--stuck-after",
+            metavar="SECONDS",
+            min=1,
+            help="/healthz fails if the loop has not turned for so long.",
+            show_default="what the engine's longest step takes",
+        ),
+    ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option("--traces", metavar="otlp|console", help="Send OpenTelemetry traces; OTEL_* say where."),
     ] = None,
     log_level: Annotated[str, typer.Option("--log", help="debug, info, warning or error.")] = "warning",
     log_json: Annotated[bool, typer.Option("--log-json", help="Logs as JSON lines.")] = False,
@@ -63,12 +88,15 @@ def run(
     """
     from stepstream.pipeline.signals import StoppedEarly, leave_on_signals
 
+    if traces not in (None, "otlp", "console"):
+        raise WrongUse(f"--traces {traces}: expected otlp or console")
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise WrongUse(f"--log {log_level}: expected debug, info, warning or error")
     try:
         # Before what takes long to import: a stop that comes in the meantime is one as well.
         with leave_on_signals() as begin:
-            _run(file, settings or [], metrics_port, (log_level, log_json), as_json, begin)
+            seen = _Seen(metrics_port, metrics_host, stuck_after, traces, log_level, log_json)
+            _run(file, settings or [], seen, as_json, begin)
     except StoppedEarly:
         if as_json:
             emit_json({"started": False, "ended": False, "stopped": True})
@@ -76,22 +104,28 @@ def run(
             typer.echo("stopped before it began", err=True)
 
 
-def _run(
-    file: Path,
-    settings: list[str],
-    metrics_port: int | None,
-    log: tuple[str, bool],
-    as_json: bool,
-    begin: Callable[[], None],
-) -> None:
+@dataclass(frozen=True)
+class _Seen:
+    """What is to be seen of a run, and where."""
+
+    port: int | None
+    host: str
+    stuck_after_s: float | None
+    traces: str | None
+    log_level: str
+    log_json: bool
+
+
+def _run(file: Path, settings: list[str], seen: _Seen, as_json: bool, begin: Callable[[], None]) -> None:
     from stepstream.pipeline import logs
     from stepstream.pipeline.pipeline import Pipeline
     from stepstream.pipeline.scores import LastScores
     from stepstream.pipeline.signals import stop_on_signals
 
     use_current_folder()
-    logs.configure(log[0], "json" if log[1] else "human")
+    logs.configure(seen.log_level, "json" if seen.log_json else "human")
     pipeline = Pipeline.from_file(file, settings, os.environ)
+    logs.name_pipeline(pipeline.name)
     to_stdout = pipeline.config.sink.type_name == "stdout"
     if as_json and to_stdout:
         raise WrongUse("--json: this pipeline's sink writes to stdout itself; expected another sink (--set sink=null)")
@@ -99,12 +133,17 @@ def _run(
     built = pipeline.build()
     with stop_on_signals() as stop, record_progress(pipeline.name) as on_progress:
         begin()
-        stop_serving = None if metrics_port is None else _serve(built.task.metrics, metrics_port)
+        stop_serving, stop_tracing = _serve(built.task, seen), _trace(built.task, seen.traces)
         try:
             result = built.run(stop, on_progress, scores.see)
+        except Exception as error:
+            if seen.log_json:  # the line that says so to a person is none of JSON
+                logs.get_logger(__name__).error("the run failed", extra={"reason": " ".join(str(error).split())})
+            raise
         finally:
-            if stop_serving is not None:
-                stop_serving()
+            for end in (stop_serving, stop_tracing):
+                if end is not None:
+                    end()
     folder = None if built.state_dir is None else built.state_dir.parent
     if folder is not None:
         scores.fill_from(folder / "scores.jsonl")
@@ -115,14 +154,32 @@ def _run(
         show(summary, console(stderr=to_stdout))
 
 
-def _serve(metrics: Metrics, port: int) -> Callable[[], None]:
-    """Serves the metrics; what ends that. Raises InputError if the port is taken."""
-    from stepstream.connectors.base import InputError
+def _trace(task: Task, exporter: str | None) -> Callable[[], None] | None:
+    """Traces a run, if asked to; what sends the rest and ends that."""
+    if exporter is None:
+        return None
+    from stepstream.pipeline.tracing import OpenTelemetry, tracer_provider
 
+    provider = tracer_provider("otlp" if exporter == "otlp" else "console")
+    task.tracing = OpenTelemetry(provider, task.metrics.pipeline)
+    return provider.shutdown
+
+
+def _serve(task: Task, seen: _Seen) -> Callable[[], None] | None:
+    """Serves what there is to be seen of a run, if asked to; what ends that. Raises InputError if the port is taken."""
+    from stepstream.connectors.base import InputError
+    from stepstream.pipeline.watching import serve
+
+    if seen.stuck_after_s is not None:
+        task.metrics.vitals.longest_step_s = seen.stuck_after_s
+    if seen.port is None:
+        return None
     try:
-        return metrics.serve(port)[1]
+        return serve(task, seen.port, seen.host)[1]
     except OSError as error:
-        raise InputError(f"--metrics-port {port}: {error.strerror}; expected a free port, or 0 for any") from error
+        raise InputError(
+            f"--metrics-port {seen.port}: {error.strerror} ({seen.host}); expected a free port, or 0 for any"
+        ) from error
 
 
 def summarise(

@@ -15,6 +15,7 @@ from stepstream.connectors.base import DeadLetter, InputError, Partition, Sink, 
 from stepstream.connectors.records import Record
 from stepstream.pipeline.metrics import Totals
 from stepstream.pipeline.task import Task
+from stepstream.pipeline.vitals import LONGEST_STEP_S
 
 __all__ = ["Engine", "EngineError", "Options", "RunResult", "WatchedSink"]
 
@@ -65,6 +66,11 @@ class Engine(ABC):
     def __init__(self, options: BaseModel) -> None:
         """`options` is an instance of the class's own `Options`."""
 
+    @property
+    def longest_step_s(self) -> float:
+        """A turn of its loop takes less, if all is well: after so long without one the process counts as stuck."""
+        return LONGEST_STEP_S
+
     @abstractmethod
     def run(
         self,
@@ -78,6 +84,7 @@ class Engine(ABC):
         """Runs until the input has ended or `stop` is set; closes source and sink. The task must be fresh.
 
         `on_progress` is told (records of the input log done, all or None), a few times a second.
+        `task.metrics.vitals` is told of each turn, of what the run is in, and where the partitions stand.
         `state_dir` is where the engine keeps what it needs to go on after a crash; None: nothing is kept.
         Raises InputError (EngineError, SnapshotError) for what a user can mend, OperatorError for a failed operator.
         """

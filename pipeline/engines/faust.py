@@ -25,10 +25,10 @@ from pydantic import BaseModel
 
 from stepstream.connectors import codecs
 from stepstream.connectors.base import Sink, Source
-from stepstream.connectors.kafka import KafkaSink, KafkaSource
-from stepstream.pipeline.engines.base import Engine, EngineError, RunResult, WatchedSink
+from stepstream.pipeline.engines.base import Engine, RunResult
 from stepstream.pipeline.engines.faust_options import FaustOptions
 from stepstream.pipeline.engines.faust_run import FaustRun
+from stepstream.pipeline.engines.kafka_group import on_one_cluster
 from stepstream.pipeline.task import Task
 
 __all__ = ["FaustEngine"]
@@ -48,6 +48,11 @@ class FaustEngine(Engine):
             raise TypeError(f"expected FaustOptions, not {type(options).__name__}")
         self.options = options
 
+    @property
+    def longest_step_s(self) -> float:
+        """One batch, after which the group would put it out, and a worker that has to be started again."""
+        return self.options.max_poll_interval_ms / 1000 + 60
+
     def run(
         self,
         task: Task,
@@ -58,14 +63,7 @@ class FaustEngine(Engine):
         on_progress: Callable[[int, int | None], None] | None = None,
     ) -> RunResult:
         """See `Engine.run`; `state_dir` is not used: what is kept is on the cluster and in `snapshots`."""
-        published = sink.watched if isinstance(sink, WatchedSink) else sink
-        if not isinstance(source, KafkaSource) or not isinstance(published, KafkaSink):
-            raise EngineError("engine: faust runs from a kafka source into a kafka sink; expected both to be kafka")
-        if source.options.servers != published.options.servers:
-            raise EngineError(
-                f"servers: the source is at {source.options.servers} and the sink at {published.options.servers}; "
-                "a Faust worker is on one cluster"
-            )
+        source, published = on_one_cluster(source, sink, "faust", "a Faust worker is on one cluster")
         with contextlib.ExitStack() as stack:
             stack.callback(source.close)
             stack.callback(sink.close)

@@ -90,8 +90,11 @@ class Partitions:
         self._task.replaying = True
         try:
             for found in self._log.messages(partition, start, held.committed, self._disturbed):
+                vitals = self._task.metrics.vitals
+                vitals.enter("replaying", f"{held.committed - held.offset} records of partition {partition}")
                 records = self.records({partition: found})
                 self._task.process(records)
+                vitals.replayed += len(records)
                 self.replayed += len(records)
                 held.offset = max(held.offset, found[-1].offset + 1)
         finally:

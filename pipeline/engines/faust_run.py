@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import re
 import tempfile
 import threading
 import time
@@ -17,7 +16,7 @@ from kafka import errors as kafka_errors
 from kafka.consumer.fetcher import ConsumerRecord
 
 from stepstream.connectors import kafka_client
-from stepstream.connectors.base import InputError, Sink
+from stepstream.connectors.base import InputError, Sink, Undecodable
 from stepstream.connectors.kafka import KafkaSink, KafkaSource
 from stepstream.connectors.kafka_client import KafkaUnavailable
 from stepstream.connectors.kafka_messages import Message
@@ -35,7 +34,8 @@ from stepstream.pipeline.engines.faust_app import (
 )
 from stepstream.pipeline.engines.faust_log import InputLog
 from stepstream.pipeline.engines.faust_partitions import Partitions
-from stepstream.pipeline.engines.kafka_group import begin_note
+from stepstream.pipeline.engines.kafka_group import begin_note, check_group
+from stepstream.pipeline.engines.kafka_report import Report, result_of
 from stepstream.pipeline.engines.kafka_state import PartitionStates
 from stepstream.pipeline.logs import get_logger
 from stepstream.pipeline.manifests import Manifest, manifest_message, manifest_topic
@@ -81,11 +81,12 @@ class FaustRun:
         self.states = PartitionStates(task, self.topic, options.snapshots, options.snapshot_every_s)
         self.log = InputLog(source.options, self.group, options.max_batch)
         self.partitions = Partitions(task, source, self.states, self.log, options, self._disturbed)
+        self.report, self.vitals = Report(self.states, self.topic, self._end), task.metrics.vitals
         self.dead_letters = DeadLetterLog()
         # The task, the log and snapshots are touched by this thread only, while the event loop goes on.
         self.thread = ThreadPoolExecutor(1, "task")
         self.assigned: set[int] = set()
-        self.changed = self.ending = self.sending_again = False
+        self.changed = self.joined = self.ending = self.sending_again = False
         self.failure: Exception | None = None
         self.unconfirmed: Manifest | None = None
         self.started = time.monotonic()
@@ -95,13 +96,11 @@ class FaustRun:
 
     def run(self) -> RunResult:
         """Until it is stopped or cannot go on."""
-        if not re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", self.group):
-            raise EngineError(
-                f"group: {self.group!r} cannot be part of a topic's name; give the source another `group`"
-            )
+        check_group(self.group)
         manifests = [manifest_topic(self.group)] if self.options.snapshots else []
         kafka_client.require_topics(self.source.options, [self.topic, *self.published.topics(), *manifests])
         crashes: list[float] = []
+        self.vitals.enter("joining", "the Faust worker is being started")
         with forwarded_logs():
             while not self.stop.is_set():
                 crash = asyncio.run(self._hosted())
@@ -127,10 +126,11 @@ class FaustRun:
         if len(crashes) >= _MOST_CRASHES:
             raise EngineError(f"the Faust worker crashed {len(crashes)} times, at last by {crash!r}") from crash
         _LOG.warning("the Faust worker crashed and is started again", extra={"reason": repr(crash)})
+        self.vitals.enter("recovering", f"the Faust worker crashed: {crash!r}")
         self.task.metrics.operator_event("engine", "crashed")
         self.thread.submit(self.partitions.forget_all).result()
         self.assigned = set()
-        self.changed = self.ending = False
+        self.changed = self.joined = self.ending = False
         self.unconfirmed = None
         self.stop.wait(_PATIENCE_S)
 
@@ -195,6 +195,7 @@ class FaustRun:
     async def _leave(self) -> None:
         """Waits for the batch in hand, then takes last snapshots, so that whoever comes next has nothing to replay."""
         deadline = time.monotonic() + self.options.stop_within_s
+        self.vitals.enter("stopping", "the run was asked to stop")
         try:
             await asyncio.wait_for(self.turn.acquire(), max(0.1, self.options.stop_within_s))
         except TimeoutError:
@@ -236,6 +237,7 @@ class FaustRun:
         async with self.turn:
             if self.ending:
                 return
+            self.vitals.beat()
             try:
                 await turn()
             except _Stopped:
@@ -282,9 +284,11 @@ class FaustRun:
         """Messages through the task, and all that they lead to to the brokers; then the state counts as published."""
         if not messages:
             return
+        self.report.waited(messages)
         records, outcome, outgoing = await self._in_thread(self._step, messages)
         began = time.monotonic()
         await self._send(outgoing)
+        self.task.tracing.done()
         for partition, offset in ahead.items():
             held = self.states.held[partition]
             held.offset = held.committed = offset
@@ -296,13 +300,16 @@ class FaustRun:
         if isinstance(self.sink, WatchedSink) and outcome.outputs:
             self.sink.seen(outcome.outputs)
         self.task.metrics.observe_commit(time.monotonic() - began)
-        if records:
+        if records and not isinstance(records[-1].value, Undecodable):
             self.task.metrics.set_event_time(records[-1].time_ns)
 
     def _step(self, messages: dict[int, list[ConsumerRecord]]) -> tuple[list[Record], Outcome, list[Message]]:
         records = self.partitions.records(messages)
+        self.task.tracing.arrived(self.topic, messages)
         outcome = self.task.process(records)
-        return records, outcome, self.published.messages(outcome.outputs, outcome.dead)
+        outgoing = self.published.messages(outcome.outputs, outcome.dead)
+        self.task.tracing.stamp(outgoing)
+        return records, outcome, outgoing
 
     async def _fill(self, partition: int, end: int) -> None:
         """Faust left out the offsets before `end`: markers of transactions, mostly. Records among them count."""
@@ -313,6 +320,7 @@ class FaustRun:
             held.offset = held.committed = min(first, end)
         pieces = self.log.messages(partition, held.offset, end, self.stop.is_set)
         while (found := await self._in_thread(next, pieces, None)) is not None:
+            self.vitals.beat()
             self.task.metrics.operator_event("engine", "filled", len(found))
             await self._live({partition: found}, {partition: found[-1].offset + 1})
         if self.stop.is_set():
@@ -325,6 +333,7 @@ class FaustRun:
             messages = messages[await send_all(self.app, messages, partition) :]
             self.sending_again = bool(messages)
             if messages:
+                self.vitals.enter("recovering", "the brokers do not take the outputs")
                 self.task.metrics.operator_event("engine", "sent_again", len(messages))
                 if self.stop.is_set() or self.ending:
                     raise _Stopped
@@ -334,7 +343,7 @@ class FaustRun:
 
     async def _on_assigned(self, _: Any, assigned: Iterable[Any], **__: Any) -> None:
         self.assigned = {place.partition for place in assigned if place.topic == self.topic}
-        self.changed = True
+        self.changed = self.joined = True
         self.task.metrics.operator_event("engine", "rebalanced")
         _LOG.info("partitions", extra={"assigned": sorted(self.assigned)})
 
@@ -346,6 +355,7 @@ class FaustRun:
         """Brings the state of the partitions that are ours to what is committed, if they have changed."""
         while self.changed:
             self.changed = False
+            self.vitals.enter("restoring", "the group has been rebalanced")
             try:
                 await self._in_thread(self.partitions.take_over, sorted(self.assigned))
             except (kafka_errors.KafkaError, KafkaUnavailable) as error:
@@ -371,7 +381,9 @@ class FaustRun:
                 await self._publish_manifest(manifest)
                 await self._confirm_manifest()
             await self._in_thread(self._begin_snapshot, True)
-        self.task.metrics.set_lag(self._behind())
+        if self.joined:
+            self.report.settled(self.assigned, {})
+        await self._in_thread(self.report.tell)
         if self.on_progress is not None:
             self.on_progress(self.records_in + self.partitions.replayed, None)
 
@@ -395,13 +407,14 @@ class FaustRun:
             self.unconfirmed = None
             await self._in_thread(self.states.committed_manifest, manifest)
 
+    def _end(self, partition: int) -> int | None:
+        with contextlib.suppress(Exception):  # Faust does not know the partition (yet)
+            end: int | None = self.app.consumer.highwater(faust_web.place(self.topic, partition))
+            return end
+        return None
+
     def _behind(self) -> int:
-        behind = 0
-        for partition, held in self.states.held.items():
-            with contextlib.suppress(Exception):  # Faust does not know the partition (yet)
-                end = self.app.consumer.highwater(faust_web.place(self.topic, partition))
-                behind += max(0, (end or 0) - held.offset)
-        return behind
+        return sum(max(0, (self._end(p) or 0) - held.offset) for p, held in list(self.states.held.items()))
 
     async def _log_lag(self) -> None:
         _LOG.info("lag", extra={"records": self._behind(), "partitions": sorted(self.states.held)})
@@ -424,22 +437,8 @@ class FaustRun:
         return {"ok": problem is None, "problem": problem, "partitions": partitions, "lag": self._behind()}
 
     def _result(self) -> RunResult:
-        totals = self.task.metrics.totals()
-        return RunResult(
-            ended=False,
-            already_complete=False,
-            records_in=self.records_in,
-            records_out=self.records_out,
-            dead_letters=self.dead,
-            replayed=self.partitions.replayed,
-            commits=self.commits,
-            snapshots=self.states.written,
-            wall_s=time.monotonic() - self.started,
-            offsets={self.states.place(p): held.offset for p, held in self.states.held.items()},
-            committed={self.states.place(p): held.committed for p, held in self.states.held.items()},
-            totals=totals,
-            records_committed=totals["records_in"],
-        )
+        done = (self.records_in, self.records_out, self.dead, self.partitions.replayed, self.commits)
+        return result_of(self.states, done, time.monotonic() - self.started)
 
 
 def _crash_of(worker: Worker, app: App, starting: asyncio.Task[Any]) -> BaseException | None:

@@ -19,7 +19,6 @@ broker nothing more is read: memory stays flat.
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 import time
 import uuid
@@ -33,14 +32,15 @@ from kafka.structs import MemberState, OffsetAndMetadata
 from pydantic import BaseModel
 
 from stepstream.connectors import codecs, kafka_client
-from stepstream.connectors.base import Sink, Source
+from stepstream.connectors.base import Sink, Source, Undecodable
 from stepstream.connectors.kafka import KafkaSink, KafkaSource, send_all
 from stepstream.connectors.kafka_client import KafkaUnavailable, Producer, reaching
 from stepstream.connectors.records import Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
+from stepstream.pipeline.engines import kafka_group
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult, WatchedSink
-from stepstream.pipeline.engines.kafka_group import Rebalances, begin_note, begin_of, bounded, is_member, tell_lost
 from stepstream.pipeline.engines.kafka_options import KafkaOptions
+from stepstream.pipeline.engines.kafka_report import Report, behind, result_of
 from stepstream.pipeline.engines.kafka_standby import Standby
 from stepstream.pipeline.engines.kafka_state import Held, PartitionStates
 from stepstream.pipeline.logs import get_logger
@@ -82,6 +82,11 @@ class KafkaEngine(Engine):
             raise TypeError(f"expected KafkaOptions, not {type(options).__name__}")
         self.options = options
 
+    @property
+    def longest_step_s(self) -> float:
+        """A batch, and a transaction and a producer that have to be waited for."""
+        return self.options.max_poll_interval_ms / 1000 + self.options.transaction_timeout_ms / 1000 + 2 * _INIT_MOST_S
+
     def run(
         self,
         task: Task,
@@ -92,14 +97,7 @@ class KafkaEngine(Engine):
         on_progress: Callable[[int, int | None], None] | None = None,
     ) -> RunResult:
         """See `Engine.run`; `state_dir` is not used: what is kept is on the cluster and in `snapshots`."""
-        published = sink.watched if isinstance(sink, WatchedSink) else sink
-        if not isinstance(source, KafkaSource) or not isinstance(published, KafkaSink):
-            raise EngineError("engine: kafka runs from a kafka source into a kafka sink; expected both to be kafka")
-        if source.options.servers != published.options.servers:
-            raise EngineError(
-                f"servers: the source is at {source.options.servers} and the sink at {published.options.servers}; "
-                "a transaction is within one cluster"
-            )
+        source, published = kafka_group.on_one_cluster(source, sink, "kafka", "a transaction is within one cluster")
         with contextlib.ExitStack() as stack:
             stack.callback(source.close)
             stack.callback(sink.close)
@@ -125,7 +123,9 @@ class _Run:
         self.group = source.options.group or task.metrics.pipeline
         self.states = PartitionStates(task, self.topic, options.snapshots, options.snapshot_every_s)
         self.standby = Standby(source.options, self.states, self._offsets, self._follow, self._replay)
-        self.rebalances = Rebalances()
+        self.report = Report(self.states, self.topic, lambda p: self.consumer.highwater(TopicPartition(self.topic, p)))
+        self.vitals = task.metrics.vitals
+        self.rebalances = kafka_group.Rebalances()
         self.dead_letters = DeadLetterLog()
         self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
         self.consumer: KafkaConsumer = None
@@ -138,14 +138,12 @@ class _Run:
     # ---- start and end
 
     def run(self) -> RunResult:
-        if not re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", self.group):
-            raise EngineError(
-                f"group: {self.group!r} cannot be part of a topic's name; give the source another `group`"
-            )
+        kafka_group.check_group(self.group)
         options = self.options
         manifests = [manifest_topic(self.group)] if options.snapshots else []
         kafka_client.require_topics(self.connection, [self.topic, *self.published.topics(), *manifests])
         _LOG.info("starting", extra={"group": self.group, "topic": self.topic, "id": self.transactional_id})
+        self.vitals.enter("joining", "the brokers have not answered yet")
         codecs.warm_up()
         self._new_producer()
         self._join()
@@ -160,12 +158,13 @@ class _Run:
     def _join(self) -> None:
         """A consumer that joins the group anew."""
         options = self.options
+        self.vitals.enter("joining", "joining the group")
         for client in (self.consumer, self.manifests):
             if client is not None:
                 with contextlib.suppress(Exception):
                     client.close(autocommit=False, timeout_ms=1000)
         self.manifests = None
-        self.rebalances, self.failures = Rebalances(), 0
+        self.rebalances, self.failures = kafka_group.Rebalances(), 0
         self.consumer = kafka_client.consumer(
             self.connection,
             group_id=self.group,
@@ -189,18 +188,19 @@ class _Run:
             self.stable_at = now
         elif now - self.stable_at > max(_STUCK_S, 3 * self.options.session_timeout_ms / 1000):
             self.task.metrics.operator_event("engine", "joined_anew")
-            _LOG.warning("joining the group anew", extra={"seconds_without": round(now - self.stable_at)})
+            _LOG.warning("joining the group anew", extra={"seconds": round(now - self.stable_at)})
             self._join()
 
     def _leave(self) -> None:
         """Last snapshots, so that whoever comes next has nothing to replay; then the others are told at once."""
         deadline = time.monotonic() + self.options.stop_within_s
+        self.vitals.enter("stopping", "the run was asked to stop")
         try:
             while not self.doubted and time.monotonic() < deadline:
                 manifest = self.states.written_snapshot(wait_s=deadline - time.monotonic())
                 if manifest is not None:
                     member = self.consumer.group_metadata()
-                    if not is_member(member):
+                    if not kafka_group.is_member(member):
                         break
                     self._commit([], Outcome([], []), {manifest.partition: manifest.offset}, manifest, member)
                 elif not self.states.begin_snapshot(due=False):
@@ -234,7 +234,7 @@ class _Run:
         )
         try:
             with reaching(self.connection):
-                bounded(producer.init_transactions, within_s, "first request of a producer")
+                kafka_group.bounded(producer.init_transactions, within_s, "first request of a producer")
         except BaseException:
             producer.end()
             raise
@@ -244,6 +244,7 @@ class _Run:
 
     def _turn(self) -> None:
         """Polls once and does all that follows from it."""
+        self.vitals.beat()
         if self.doubted:
             if self.producer is None:
                 self._new_producer()
@@ -258,12 +259,15 @@ class _Run:
         if self.rebalances.changed:
             self._rebalance()
             return
-        if not is_member(member):
+        if not kafka_group.is_member(member):
+            self.vitals.enter("joining", "the group has not taken it in yet")
             self.doubted = bool(polled)
             return
+        self.report.waited(polled)
         reader, held = self.source.reader, self.states.held
         ahead = {place.partition: messages[-1].offset + 1 for place, messages in polled.items() if messages}
         records = self.states.admit(reader.records(polled))
+        self.task.tracing.arrived(self.topic, polled)
         old = [r for r in records if r.origin.offset < held[r.origin.partition].committed]
         live = [r for r in records if r.origin.offset >= held[r.origin.partition].committed] if old else records
         self._replay(old)
@@ -279,6 +283,7 @@ class _Run:
         self.states.begin_snapshot()
         if self.options.standby:
             self.standby.turn(self.rebalances.assigned, self.options.max_batch)
+        self.report.settled(self.rebalances.assigned, behind(self.states.held, self._position))
         self._report()
 
     def _poll(self) -> dict[TopicPartition, list[Any]]:
@@ -303,6 +308,7 @@ class _Run:
         finally:
             self.task.replaying = False
         self.replayed += len(records)
+        self.vitals.replayed += len(records)
 
     def _commit(
         self,
@@ -317,8 +323,9 @@ class _Run:
         assert producer is not None
         # All that the transaction needs, and its very producer: one that was given up must not reach into the next.
         messages = self.published.messages(outcome.outputs, outcome.dead)
+        self.task.tracing.stamp(messages)
         places = {
-            TopicPartition(self.topic, p): OffsetAndMetadata(offset, begin_note(self.states.begin(p)), -1)
+            TopicPartition(self.topic, p): OffsetAndMetadata(offset, kafka_group.begin_note(self.states.begin(p)), -1)
             for p, offset in offsets.items()
         }
 
@@ -332,7 +339,7 @@ class _Run:
             self.published.acknowledged(sent)
             producer.commit_transaction()
 
-        bounded(transaction, self.options.transaction_timeout_ms / 1000, "transaction")
+        kafka_group.bounded(transaction, self.options.transaction_timeout_ms / 1000, "transaction")
         for partition, offset in offsets.items():
             held[partition].committed = offset
         if manifest is not None:
@@ -342,16 +349,18 @@ class _Run:
         self.records_out += len(outcome.outputs)
         self.dead += len(outcome.dead)
         self.dead_letters.see(outcome.dead)
+        self.task.tracing.done()
         if isinstance(self.sink, WatchedSink) and outcome.outputs:
             self.sink.seen(outcome.outputs)
         self.task.metrics.observe_commit(time.monotonic() - began)
-        if live:
+        if live and not isinstance(live[-1].value, Undecodable):
             self.task.metrics.set_event_time(live[-1].time_ns)
 
     # ---- what else can happen
 
     def _rebalance(self) -> None:
         self.rebalances.changed = False
+        self.vitals.enter("recovering", "the group has been rebalanced")
         assigned = set(self.rebalances.assigned)
         for partition in set(self.states.held) - assigned:
             self.source.reader.forget(partition)
@@ -368,7 +377,9 @@ class _Run:
         if isinstance(error, errors.NoOffsetForPartitionError):
             self.doubted = True  # a partition's first time: where it begins is read next
             return
+        self.task.tracing.done(error)
         self.task.metrics.operator_event("engine", "aborted")
+        self.vitals.enter("recovering", f"what is committed is read again: {error!r}")
         _LOG.warning("what is committed is read again", extra={"reason": repr(error)})
         # By its name too: some of the client's errors only quote their cause.
         if isinstance(error, errors.ProducerFencedError | errors.InvalidProducerEpochError) or "Fenced" in repr(error):
@@ -442,12 +453,13 @@ class _Run:
         """Partitions taken over from their snapshots, or from where their logs begin."""
         manifests, restored = self._manifests(partitions), {}
         for partition in partitions:
+            self.vitals.enter("restoring", f"partition {partition}")
             at, first = known[partition], firsts[TopicPartition(self.topic, partition)]
-            begin = first if at is None else begin_of(at.metadata, first, at.offset)
+            begin = first if at is None else kafka_group.begin_of(at.metadata, first, at.offset)
             committed = first if at is None else at.offset
             held = self.states.restore(partition, begin, committed, manifests.get(partition, []))
             if held.offset < first:
-                tell_lost(self.topic, partition, held.offset, first, go_on=self.options.from_partial_state)
+                kafka_group.tell_lost(self.topic, partition, held.offset, first, go_on=self.options.from_partial_state)
                 held.begin = held.offset = min(first, committed)
             restored[partition] = held
         return restored
@@ -469,32 +481,19 @@ class _Run:
 
     # ---- what is told
 
+    def _position(self, partition: int) -> int | None:
+        position: int | None = self.consumer.position(TopicPartition(self.topic, partition), _POLL_MS)
+        return position
+
     def _report(self) -> None:
         now = time.monotonic()
         if now - self.reported < _REPORT_EVERY_S:
             return
         self.reported = now
-        lag = 0
-        for partition, held in self.states.held.items():
-            lag += max(0, (self.consumer.highwater(TopicPartition(self.topic, partition)) or 0) - held.offset)
-        self.task.metrics.set_lag(lag)
+        self.report.tell()
         if self.on_progress is not None:
             self.on_progress(self.records_in + self.replayed, None)
 
     def _result(self) -> RunResult:
-        totals = self.task.metrics.totals()
-        return RunResult(
-            ended=False,
-            already_complete=False,
-            records_in=self.records_in,
-            records_out=self.records_out,
-            dead_letters=self.dead,
-            replayed=self.replayed,
-            commits=self.commits,
-            snapshots=self.states.written,
-            wall_s=time.monotonic() - self.started,
-            offsets={self.states.place(p): held.offset for p, held in self.states.held.items()},
-            committed={self.states.place(p): held.committed for p, held in self.states.held.items()},
-            totals=totals,
-            records_committed=totals["records_in"],
-        )
+        done = (self.records_in, self.records_out, self.dead, self.replayed, self.commits)
+        return result_of(self.states, done, time.monotonic() - self.started)

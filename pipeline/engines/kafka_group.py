@@ -10,13 +10,35 @@ from typing import Any
 from kafka import TopicPartition, errors
 from kafka.consumer.subscription_state import ConsumerRebalanceListener
 
-from stepstream.pipeline.engines.base import EngineError
+from stepstream.connectors.base import Sink, Source
+from stepstream.connectors.kafka import KafkaSink, KafkaSource
+from stepstream.pipeline.engines.base import EngineError, WatchedSink
 from stepstream.pipeline.logs import get_logger
 
-__all__ = ["Rebalances", "begin_note", "begin_of", "bounded", "is_member", "tell_lost"]
+__all__ = [
+    "Rebalances", "begin_note", "begin_of", "bounded", "check_group", "is_member", "on_one_cluster", "tell_lost",
+]  # fmt: skip
 
 _LOG = get_logger(__name__)
 _BEGIN = "state from {}"
+
+
+def check_group(group: str) -> None:
+    """EngineError for a group whose name cannot be part of a topic's."""
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", group):
+        raise EngineError(f"group: {group!r} cannot be part of a topic's name; give the source another `group`")
+
+
+def on_one_cluster(source: Source, sink: Sink, engine: str, why: str) -> tuple[KafkaSource, KafkaSink]:
+    """Source and sink as what they must be for an engine; EngineError if they are not Kafka's, on one cluster."""
+    published = sink.watched if isinstance(sink, WatchedSink) else sink
+    if not isinstance(source, KafkaSource) or not isinstance(published, KafkaSink):
+        raise EngineError(f"engine: {engine} runs from a kafka source into a kafka sink; expected both to be kafka")
+    if source.options.servers != published.options.servers:
+        raise EngineError(
+            f"servers: the source is at {source.options.servers} and the sink at {published.options.servers}; {why}"
+        )
+    return source, published
 
 
 class Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -119,7 +119,10 @@ class PartitionStates:
         for manifest in manifests:
             if begin <= manifest.offset <= committed and self._load(manifest):
                 held.offset = manifest.offset
+                self.task.metrics.vitals.restored_from("snapshot")
                 break
+        else:
+            self.task.metrics.vitals.restored_from("log")
         self.held[partition] = held
         for key in self.task.keys(self.place(partition)):
             self._owners[key] = partition
@@ -201,7 +204,7 @@ class PartitionStates:
     def committed_manifest(self, manifest: Manifest) -> None:
         """It is committed: the snapshot before the last goes."""
         held = self.held[manifest.partition]
-        kept = [manifest, *held.manifests][:2]
+        kept = [manifest.model_copy(update={"taken_at": time.time()}), *held.manifests][:2]
         gone = {m.sha256 for m in held.manifests} - {m.sha256 for m in kept}
         held.manifests = kept
         self.written += 1

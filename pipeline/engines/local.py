@@ -34,10 +34,12 @@ from pydantic import BaseModel, Field
 from stepstream.connectors.base import Partition, Sink, Source, Undecodable
 from stepstream.connectors.output import OutputError
 from stepstream.connectors.records import Record
+from stepstream.pipeline.board import Board
 from stepstream.pipeline.commits import Commit, CommittedTotals, Held, StateDirectory, from_rows, to_rows
 from stepstream.pipeline.dead_letters import DeadLetterLog
 from stepstream.pipeline.engines import base
 from stepstream.pipeline.engines.base import Engine, EngineError, RunResult
+from stepstream.pipeline.engines.local_places import names, places
 from stepstream.pipeline.logs import get_logger
 from stepstream.pipeline.metrics import Totals, add_totals, totals_since
 from stepstream.pipeline.snapshots import SnapshotError, SnapshotStore, fingerprint_difference
@@ -130,6 +132,8 @@ class _Run:
         self.gaps = 0
         self.commit: Commit | None = None
         self.dead_letters = DeadLetterLog()
+        self.vitals, self.board = task.metrics.vitals, Board(task)
+        self.taken_at: float | None = None
         self.base: Totals = {}
         self.counted: Totals = task.metrics.totals()
         self.records_in = self.records_out = self.dead = self.replayed = self.commits = self.snapshots = 0
@@ -141,8 +145,9 @@ class _Run:
         if self.task.keys():
             raise ValueError("the task has state already: a run needs a fresh one")
         weights = {part["name"]: part["weights"] for part in self.fingerprint if part["weights"] is not None}
-        about = {"pipeline": self.task.metrics.pipeline, "source": _names(self.offsets), "weights": weights}
+        about = {"pipeline": self.task.metrics.pipeline, "source": names(self.offsets), "weights": weights}
         _LOG.info("starting", extra=about)
+        self.vitals.enter("starting", "opening the outputs")
         if self.state is not None:
             with self._disk():
                 self.store = SnapshotStore(self.state.snapshots)
@@ -171,8 +176,8 @@ class _Run:
         self.committed = from_rows(commit.offsets)
         if set(self.committed) != set(self.offsets):
             raise EngineError(
-                f"{where} belongs to another input: it was made from {_names(self.committed)}, "
-                f"and the source is {_names(self.offsets)}. Give this one another output folder"
+                f"{where} belongs to another input: it was made from {names(self.committed)}, "
+                f"and the source is {names(self.offsets)}. Give this one another output folder"
             )
 
     def _complete(self, commit: Commit) -> RunResult:
@@ -190,6 +195,7 @@ class _Run:
         records = self.source.poll(1, wait_s)
         while commit.proof is not None and not (records or self.source.ended or self.stop.is_set()):
             # One that is read again from its beginning may take its time to come to where it ended.
+            self.vitals.beat()
             records = self.source.poll(1, wait_s)
         if records or not (self.source.ended or self.stop.is_set()):
             raise EngineError(
@@ -197,7 +203,7 @@ class _Run:
                 "Its outputs are final: give the new run another output folder"
             )
         self.ended = True
-        _LOG.info("the run is complete already", extra={"records_in": done})
+        _LOG.info("the run is complete already", extra={"records": done})
         return self._result(already_complete=True)
 
     def _recover(self, commit: Commit) -> None:
@@ -205,10 +211,13 @@ class _Run:
         if not self.source.repeatable:
             self._go_on(commit)
             return
+        self.vitals.enter("restoring", "the newest snapshot is being read")
         for held in commit.snapshots:
             if self._restore(held):
                 self.offsets = from_rows(held.offsets)
                 break
+        else:
+            self.vitals.restored_from("log")
         self._seek()
         self.source.pace_from(self.committed)
         self.source.expect(self.committed, commit.proof)
@@ -219,6 +228,7 @@ class _Run:
             while left := sum(end - self.offsets[partition] for partition, end in self.committed.items()):
                 if self.stop.is_set():
                     return
+                self.vitals.enter("replaying", f"{left} records up to the commit")
                 records = self._poll(min(left, self.options.max_batch))
                 if not records and self.source.ended:
                     raise EngineError(
@@ -231,6 +241,7 @@ class _Run:
                     self.offsets[partition] = min(self.position[partition], end)
                 self.task.process(ours)
                 self.replayed += len(ours)
+                self.vitals.replayed += len(ours)
                 self._report()
         finally:
             self.task.replaying = False
@@ -277,11 +288,14 @@ class _Run:
             self.task.restore(snapshot.tree)
         except ValueError as error:
             raise SnapshotError(f"snapshot {held.sha256} does not fit the pipeline: {error}") from error
+        self.vitals.restored_from("snapshot")
+        self.taken_at = self.store.taken_at(held.sha256)
         return True
 
     # ---- live
 
     def _live(self) -> None:
+        self.vitals.enter("live")
         once = not self.source.repeatable
         if once:
             self._commit()  # from here on, whoever does not find a commit of our stop knows that records are lost
@@ -297,6 +311,7 @@ class _Run:
                 self._finish(commit)
                 self._report(last=True)
                 return
+        self.vitals.enter("stopping", "the run was asked to stop")
         if once:
             self.source.drain()
             while records := self._poll(min(self.options.max_batch, self._left())):
@@ -306,12 +321,13 @@ class _Run:
             with self._disk():
                 self.sink.prepare()
         done = sum(self.offsets.values())
-        _LOG.info("stopped", extra={"read": done, "committed": sum(self.committed.values())})
+        _LOG.info("stopped", extra={"records": done, "committed": sum(self.committed.values())})
 
     def _take(self, polled: list[Record]) -> None:
         """Does all that is to be done with records that were polled."""
         for records, reached in self._cut(polled):
             self._deliver(self.task.process(records))
+            self.task.tracing.done()
             self.records_in += len(records)
             if not isinstance(records[-1].value, Undecodable):
                 self.task.metrics.set_event_time(records[-1].time_ns)
@@ -344,6 +360,7 @@ class _Run:
 
     def _poll(self, most: int) -> list[Record]:
         """The next records, checked: an offset that came before would be a record counted twice."""
+        self.vitals.beat()
         records = self.source.poll(most, self.options.max_wait_ms / 1000)
         if len(records) > most:
             raise EngineError(f"the source gave {len(records)} records where {most} were asked for")
@@ -359,7 +376,7 @@ class _Run:
             if expected is None or offset < expected:
                 raise EngineError(
                     f"the source gave offset {offset} of {partition[0]}/{partition[1]}, expected "
-                    f"{f'one of {_names(self.position)}' if expected is None else f'{expected} or more'}"
+                    f"{f'one of {names(self.position)}' if expected is None else f'{expected} or more'}"
                 )
             self.position[partition] = offset + 1
         return records
@@ -412,6 +429,7 @@ class _Run:
         now = time.monotonic()
         self.snapshots += 1
         self.snapshot_due = now + self.options.snapshot_every_s
+        self.taken_at = time.time()
         self.task.metrics.observe_snapshot(now - began, ref.bytes)
         return Held(sha256=ref.sha256, bytes=ref.bytes, offsets=to_rows(ref.offsets))
 
@@ -422,6 +440,7 @@ class _Run:
                 self.commit = commit.model_copy(update={"finished": True})
                 self.state.store(self.commit)
         self.ended = True
+        self.vitals.enter("ended", "the input has ended, and the outputs are final")
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -456,6 +475,8 @@ class _Run:
         _, total = self.source.progress()
         if total is not None:
             self.task.metrics.set_lag(total - done)
+        newest = None if self.commit is None or not self.commit.snapshots else self.commit.snapshots[0]
+        self.board.tell(places(self.offsets, self.committed, total, newest, self.taken_at))
         if self.on_progress is not None:
             self.on_progress(done, total)
 
@@ -476,7 +497,3 @@ class _Run:
             records_committed=0 if self.commit is None else self.commit.totals.records_in,
             gaps=self.gaps,
         )
-
-
-def _names(partitions: dict[Partition, int]) -> str:
-    return ", ".join(f"{topic}/{partition}" for topic, partition in sorted(partitions)) or "nothing"

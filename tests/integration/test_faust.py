@@ -133,9 +133,9 @@ engine: {{faust: {{snapshots: {self.folder}/snapshots, session_timeout_ms: 3000,
             producer.flush()
         producer.close()
 
-    def start(self, *settings: str) -> Worker:
+    def start(self, *settings: str, words: Sequence[str] = ()) -> Worker:
         log = self.folder / f"{self.name}-{len(self.workers)}.log"
-        args = stepstream("run", str(self.file), "--json", "--log", "info")
+        args = stepstream("run", str(self.file), "--json", "--log", "info", *words)
         args += [word for setting in settings for word in ("--set", setting)]
         with log.open("wb") as stderr:
             process = subprocess.Popen(
@@ -312,8 +312,8 @@ def test_kills_lose_nothing_and_repeats_are_dropped_by_their_id(rig: Callable[..
 
 def test_two_workers_share_partitions_and_a_death_hands_them_over(rig: Callable[..., Rig]) -> None:
     made = rig(engine="snapshot_every_s: 1, commit_every_s: 0.3, max_batch: 100")
-    port, other = free_port(), free_port()
-    one = made.start(f"engine.faust.web_port={port}")
+    port, other, shown = free_port(), free_port(), free_port()
+    one = made.start(f"engine.faust.web_port={port}", words=["--metrics-port", str(shown)])
     made.wait(lambda: health(port)[0] == 200)
     made.publish(readings(0, 30))
     two = made.start(f"engine.faust.web_port={other}")
@@ -332,6 +332,14 @@ def test_two_workers_share_partitions_and_a_death_hands_them_over(rig: Callable[
     made.wait(lambda: sorted(health(port)[1].get("partitions", [])) == [0, 1, 2])
     made.wait_committed()
     assert health(port)[1] == {"ok": True, "problem": None, "partitions": [0, 1, 2], "lag": 0}
+    made.wait(lambda: read(f"http://127.0.0.1:{shown}/readyz")[0] == 200)
+    made.wait(lambda: len(json.loads(read(f"http://127.0.0.1:{shown}/status")[1])["partitions"]) == 3)
+    status = json.loads(read(f"http://127.0.0.1:{shown}/status")[1])
+    assert status["engine"] == "faust" and status["ready"] and status["alive"] and status["lag_records"] == 0
+    assert sum(p["keys"] for p in status["partitions"]) == status["keys"] == NETWORKS
+    assert all(p["lag"] == 0 and p["next_offset"] == p["high_watermark"] > 0 for p in status["partitions"])
+    assert any(p["snapshot"] and p["snapshot"]["age_s"] < 120 for p in status["partitions"])
+    assert sum(status["totals"]["restored"].values()) >= 3
     summary = one.end()
     assert summary["operator_events"]["engine"]["rebalanced"] >= 3
     assert health(port)[0] == 0

@@ -1,27 +1,35 @@
 from __future__ import annotations
 
+import ast
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from commands import command
 
 from stepstream.connectors.base import DeadLetter, Undecodable
 from stepstream.connectors.records import Origin, Record
 from stepstream.pipeline.dead_letters import DeadLetterLog
-from stepstream.pipeline.logs import configure, get_logger
+from stepstream.pipeline.logs import ALWAYS, KEYS, configure, get_logger, name_pipeline
 
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     logger = logging.getLogger("stepstream")
-    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    kafka = logging.getLogger("kafka")
+    before = [(one, list(one.handlers), one.level, one.propagate) for one in (logger, kafka)]
     yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    configure()
+    for one, handlers, level, propagate in before:
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 def test_a_json_line_has_the_fields() -> None:
@@ -102,3 +110,53 @@ def test_endless_kinds_of_dead_letters_do_not_flood() -> None:
     log.see([letter(f"the value {word} is strange") for word in words])
     assert len(out.getvalue().splitlines()) == 101
     log.see([])
+
+
+def extra_keys() -> dict[str, set[str]]:
+    """Every key that stands beside a message anywhere in the packages, and where."""
+    root, found = Path(__file__).parents[2], defaultdict(set)
+    for package in ("pipeline", "operators", "connectors", "models"):
+        for path in (root / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.keyword) and node.arg == "extra" and isinstance(node.value, ast.Dict):
+                    for key in node.value.keys:
+                        if isinstance(key, ast.Constant):
+                            found[str(key.value)].add(path.name)
+    return found
+
+
+def test_the_keys_are_those_that_are_documented() -> None:
+    used = extra_keys()
+    assert {"reason", "partition", "committed"} <= used.keys()
+    assert {key: files for key, files in used.items() if key not in KEYS} == {}
+    table = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table[table.index("## Log lines") :], re.MULTILINE))
+    assert {key: rows.get(key) for key in KEYS} == KEYS
+    assert set(rows) == {*KEYS, *ALWAYS}
+
+
+def test_json_lines_name_their_pipeline_and_libraries_speak_json_too() -> None:
+    out = io.StringIO()
+    configure("info", "json", out)
+    name_pipeline("la")
+    get_logger("x").info("starting", extra={"reason": "y"})
+    logging.getLogger("kafka.net.manager").warning("connection to %s failed", "b:1")
+    get_logger("x").info("of another", extra={"pipeline": "bay"})
+    ours, theirs, other = (json.loads(line) for line in out.getvalue().splitlines())
+    assert ours["pipeline"] == theirs["pipeline"] == "la" and other["pipeline"] == "bay"
+    assert theirs["logger"] == "kafka.net.manager" and theirs["level"] == "warning"
+    assert theirs["message"] == "connection to b:1 failed" and set(theirs) == {*ALWAYS, "pipeline"}
+
+
+def test_a_run_that_fails_says_so_in_json_too(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.yaml").write_text(
+        "name: bad\nsource: {jsonl: {path: empty.jsonl}}\nsink: {files: {path: /dev/null/out}}\n"
+    )
+    done = command(tmp_path, "run", "bad.yaml", "--log-json", "--log", "info")
+    *lines, last = done.err.splitlines()
+    told = [json.loads(line) for line in lines]
+    assert done.code == 1 and last.startswith("error: ")
+    assert (told[-1]["level"], told[-1]["message"], told[-1]["pipeline"]) == ("error", "the run failed", "bad")
+    assert told[-1]["reason"] == last.removeprefix("error: ")
+    assert all({*ALWAYS} <= set(line) and set(line) <= {*ALWAYS, *KEYS} for line in told)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 from stepstream.pipeline.metrics import Metrics, add_totals
+from stepstream.pipeline.task import Task
+from stepstream.pipeline.watching import serve
 
 
 def filled() -> Metrics:
@@ -39,8 +41,7 @@ def test_summary_has_counters_exact_quantiles_and_gauges() -> None:
 
 
 def test_a_scrape_has_the_same_numbers() -> None:
-    metrics = filled()
-    port, stop = metrics.serve(0)
+    port, stop = serve(Task([], filled()), 0)
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
