@@ -20,6 +20,7 @@ from stepstream.connectors import (
     codec_arrow,
     codec_arrow_graph,
     codec_arrow_memory,
+    codec_detections,
     codec_events,
     codec_json,
     codec_sweep,
@@ -28,6 +29,7 @@ from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json import kind_of
 from stepstream.connectors.event_frames import EventFrame, decode_event_frame, encode_event_frame
 from stepstream.connectors.records import (
+    Detections,
     EventSlice,
     Forecast,
     Interaction,
@@ -114,7 +116,7 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 def encode(value: object, form: Form | None = None) -> Encoded:
     """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
-    NodeMemory, Sweep, EventSlice: arrow) or the one asked for.
+    NodeMemory, Sweep, EventSlice, Detections: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -198,4 +200,6 @@ register_codec(Sweep, "json", _json_encoder(Sweep), _json_decoder(Sweep))
 register_codec(EventSlice, "arrow", codec_events.encode_slice, codec_events.decode_slice)
 register_codec(EventSlice, "evt3", codec_events.encode_slice_evt3, codec_events.decode_slice_evt3)
 register_codec(EventSlice, "json", _json_encoder(EventSlice), _json_decoder(EventSlice))
+register_codec(Detections, "arrow", codec_detections.encode_detections, codec_detections.decode_detections)
+register_codec(Detections, "json", _json_encoder(Detections), _json_decoder(Detections))
 register_codec(EventFrame, "arrow", encode_event_frame, decode_event_frame)
