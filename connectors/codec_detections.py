@@ -1,4 +1,4 @@
-"""The forms of detections. Arrow: one IPC stream with one batch, as in `codec_arrow`, one row a box; what belongs to all
+"""The forms of detections. Arrow: an IPC stream with one batch, as in `codec_arrow`, one row a box; what belongs to all
 boxes is in the metadata. JSON: the fields, a class by its name and no track as null.
 """
 

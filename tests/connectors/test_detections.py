@@ -41,14 +41,14 @@ def back(value: Any, form: Any) -> Any:
     return decode(encoded.content_type, encoded.body)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(detections())
 def test_arrow_keeps_every_bit(value: Detections) -> None:
     assert detections_fault(value) is None
     assert same(back(value, "arrow"), value)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(detections(finite_only=True))
 def test_json_gives_back_what_was_written(value: Detections) -> None:
     assert same(back(value, "json"), value)
@@ -70,7 +70,7 @@ def test_nothing_seen_is_valid() -> None:
         assert same(back(nothing, form), nothing)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(detections(), st.data())
 def test_a_damaged_arrow_body_is_an_input_error_or_valid(value: Detections, data: st.DataObject) -> None:
     encoded = encode(value)
