@@ -36,6 +36,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "operator": {
         "accumulate": "stepstream.operators.accumulate:Accumulate",
         "align": "stepstream.operators.align:Align",
+        "cluster": "stepstream.operators.cluster:Cluster",
         "forecast": "stepstream.operators.forecast:Forecaster",
         "score": "stepstream.operators.score:Scorer",
         "interactions": "stepstream.operators.interactions:Interactions",
