@@ -44,6 +44,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "shards": "stepstream.operators.shards:Shards",
         "shard-links": "stepstream.operators.shard_links:ShardLinks",
         "null": "stepstream.operators.null:Null",
+        "track": "stepstream.operators.track:Track",
         "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {
