@@ -16,8 +16,9 @@ class Grid:
 
     `cells`: uint8 [X, Y] or [X, Y, Z], 1 where a point is; or float32 [X, Y], metres of the highest point above the
     lower bound of the range, 0 where there is none. Cell [i, j, k] spans `low` + [i, j, k] * `size` to one `size`
-    further. `low`, `size`: x, y, z in metres in `frame`; z is the sensor's, so `low` has the ground in it. `points`:
-    how many of the sweep's are in the range. `pose`: that of the sweep.
+    further. `low`, `size`: x, y, z in metres in `frame`; z is the sensor's, so `low` has the ground in it: at the
+    sensor, where the ground slopes and the slope was taken out. `points`: how many of the sweep's are in the range.
+    `pose`: that of the sweep.
     """
 
     cells: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
