@@ -31,8 +31,11 @@ __all__ = ["Built", "Part", "Pipeline", "Use", "use"]
 
 # Which built-in operator makes a payload type: what to say to somebody whose pipeline lacks it.
 _MAKERS = {
-    "SensorFrame": "align", "Forecast": "forecast", "Score": "score",
-    "Grid": "voxelize", "Detections": "cluster",
+    "SensorFrame": "align",
+    "Forecast": "forecast",
+    "Score": "score",
+    "Grid": "voxelize",
+    "Detections": "cluster",
 }
 
 
