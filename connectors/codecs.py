@@ -26,6 +26,7 @@ from stepstream.connectors import (
     codec_sweep,
 )
 from stepstream.connectors.base import InputError
+from stepstream.connectors.bev_grids import Grid, decode_grid, encode_grid
 from stepstream.connectors.codec_json import kind_of
 from stepstream.connectors.event_frames import EventFrame, decode_event_frame, encode_event_frame
 from stepstream.connectors.records import (
@@ -116,7 +117,7 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 def encode(value: object, form: Form | None = None) -> Encoded:
     """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
-    NodeMemory, Sweep, EventSlice, Detections: arrow) or the one asked for.
+    NodeMemory, Sweep, EventSlice, Detections, Grid: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -155,7 +156,8 @@ def decode(content_type: str, body: bytes, max_bytes: int = DEFAULT_MAX_BYTES) -
 
     Raises InputError, with the reason, for a body above `max_bytes`, an unknown kind, form or version, and a body that
     does not hold what its content type says. Nothing is allocated that is not proportional to the body's length, but
-    for a sweep, which is compressed and bounded by `sweep_checks.MAX_POINTS`.
+    for a sweep and a grid, which are compressed, and bounded by `sweep_checks.MAX_POINTS` and
+    `bev_grids.MAX_WIRE_CELLS`.
     """
     if len(body) > max_bytes:
         raise InputError(f"body: {len(body)} bytes, at most {max_bytes} are taken")
@@ -203,3 +205,4 @@ register_codec(EventSlice, "json", _json_encoder(EventSlice), _json_decoder(Even
 register_codec(Detections, "arrow", codec_detections.encode_detections, codec_detections.decode_detections)
 register_codec(Detections, "json", _json_encoder(Detections), _json_decoder(Detections))
 register_codec(EventFrame, "arrow", encode_event_frame, decode_event_frame)
+register_codec(Grid, "arrow", encode_grid, decode_grid)

@@ -8,6 +8,7 @@ import pytest
 from lidar_files import kitti, nuscenes
 from typer.testing import CliRunner
 
+from stepstream.connectors.record_json import record_from_json
 from stepstream.pipeline.cli import app
 
 
@@ -74,3 +75,21 @@ def test_what_was_replayed_to_a_folder_runs_through_a_pipeline(car: Path) -> Non
     )
     summary = ask("run", "q.yaml")
     assert (summary["records_in"], summary["records_out"], summary["dead_letters"]) == (5, {"Grid": 5}, {})
+
+
+def test_what_a_recording_does_not_say_can_be_said(car: Path) -> None:
+    row = " ".join(["1", "0", "0", "{}", "0", "1", "0", "0", "0", "0", "1", "0"])
+    (car / "poses.txt").write_text("".join(row.format(i) + "\n" for i in range(6)))
+    summary = ask("inspect", "car", "--rate-hz", "20", "--poses", "poses.txt")
+    assert (summary["end_ns"], summary["poses"]) == (250_000_000, 5)
+    ask("replay", "car", "--to", "out", "--rate-hz", "20", "--poses", "poses.txt")
+    records = [record_from_json(line) for line in (car / "out" / "sweeps.jsonl").read_text().splitlines()]
+    assert [r.time_ns for r in records] == [i * 50_000_000 for i in (0, 1, 2, 4, 5)]
+    assert [r.value.pose[0, 3] for r in records] == [0, 1, 2, 4, 5]
+    for options, code, said in (
+        (["--rate-hz", "0"], 2, "--rate-hz 0: expected a number above 0"),
+        (["--poses", "nothing.txt"], 1, "nothing.txt: No such file"),
+    ):
+        for verb in (["inspect", "car"], ["replay", "car", "--to", "x"]):
+            result = CliRunner().invoke(app, [*verb, *options])
+            assert (result.exit_code, said in result.output) == (code, True), result.output
