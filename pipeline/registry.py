@@ -37,6 +37,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "accumulate": "stepstream.operators.accumulate:Accumulate",
         "align": "stepstream.operators.align:Align",
         "cluster": "stepstream.operators.cluster:Cluster",
+        "deskew": "stepstream.operators.deskew:Deskew",
         "forecast": "stepstream.operators.forecast:Forecaster",
         "score": "stepstream.operators.score:Scorer",
         "interactions": "stepstream.operators.interactions:Interactions",
