@@ -26,6 +26,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "jsonl": "stepstream.connectors.jsonl:JsonLines",
         "stdin": "stepstream.connectors.stdio:Stdin",
         "kafka": "stepstream.connectors.kafka:KafkaSource",
+        "simulated-lidar": "stepstream.connectors.simulated_lidar:SimulatedLidar",
     },
     "sink": {
         "files": "stepstream.connectors.files:Files",
