@@ -40,6 +40,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "cluster": "stepstream.operators.cluster:Cluster",
         "deskew": "stepstream.operators.deskew:Deskew",
         "forecast": "stepstream.operators.forecast:Forecaster",
+        "rate-limit": "stepstream.operators.rate_limit:RateLimit",
         "score": "stepstream.operators.score:Scorer",
         "interactions": "stepstream.operators.interactions:Interactions",
         "links": "stepstream.operators.links:Links",
