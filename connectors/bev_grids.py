@@ -80,7 +80,7 @@ def _checked(grid: Grid) -> Grid:
 
 def encode_grid(grid: Grid) -> bytes:
     """A grid as Arrow IPC; every bit is kept. Raises InputError for one that is not valid."""
-    cells = np.ascontiguousarray(grid.cells)
+    cells: npt.NDArray[Any] = np.ascontiguousarray(grid.cells)
     heights = cells.dtype == np.float32
     if not heights and (cells.dtype != np.uint8 or (cells.size and cells.max() > 1)):
         raise InputError(f"cells: expected float32, or uint8 of 0 and 1, got {cells.dtype}")

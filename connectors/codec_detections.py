@@ -72,9 +72,10 @@ def decode_detections(body: bytes) -> Detections:
         if column.null_count:
             raise InputError(f"{name}: null values are not expected")
         columns[name] = column.to_numpy(zero_copy_only=True)
-    triples = {
+    fields: dict[str, Any] = {
         field: read_only(np.stack([columns[name] for name in names], axis=1)) for field, names in _TRIPLES.items()
     }
+    fields |= {name: meta.get(name, "") for name in _META[1:]}
     return _check(
         Detections(
             yaws=read_only(columns["yaw"]),
@@ -83,8 +84,7 @@ def decode_detections(body: bytes) -> Detections:
             class_ids=read_only(columns["class_id"]),
             track_ids=read_only(columns["track_id"]),
             pose=_read_pose(meta.get("pose")),
-            **{name: meta.get(name, "") for name in _META[1:]},
-            **triples,
+            **fields,
         )
     )
 

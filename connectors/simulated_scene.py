@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,11 @@ _ELEVATIONS = (-24.8, 2.0)
 _SIZES = {"car": (4.4, 1.8, 1.5), "truck": (8.0, 2.5, 3.2), "person": (0.6, 0.6, 1.75)}
 
 Floats = npt.NDArray[np.float64]
+
+
+def _fixed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.setflags(write=False)
+    return array
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +84,25 @@ class Scene:
         tracks = np.arange(count) + count * (np.abs(2 * turns - (turns < 0))).astype(np.int64)
         motion = np.column_stack([self.velocities, np.zeros((count, 2))])
         yaws = np.where(self.velocities < 0, np.pi, 0.0)
-        fixed = [array.astype(np.float32) for array in (centres, self.sizes, yaws, np.ones(count))]
-        arrays = (*fixed, self.kinds.copy(), tracks, motion.astype(np.float32))
-        for array in arrays:
-            array.setflags(write=False)
         return Detections(
-            *fixed, CLASSES, arrays[4], arrays[5], arrays[6], FRAME, "simulation", "", self._pose(seconds)
+            _fixed(centres.astype(np.float32)),
+            _fixed(self.sizes.astype(np.float32)),
+            _fixed(yaws.astype(np.float32)),
+            _fixed(np.ones(count, np.float32)),
+            CLASSES,
+            _fixed(self.kinds.copy()),
+            _fixed(tracks),
+            _fixed(motion.astype(np.float32)),
+            FRAME,
+            "simulation",
+            "",
+            self._pose(seconds),
         )
 
     def _pose(self, seconds: float) -> Floats:
         pose = np.eye(4)
         pose[:3, 3] = self.speed * seconds, 0.0, HEIGHT
-        pose.setflags(write=False)
-        return pose
+        return _fixed(pose)
 
     def sweep(self, seconds: float, beams: int, columns: int, seed: int, number: int) -> Sweep:
         """What a LiDAR with `beams` x `columns` rays sees, all in one moment; what hits nothing within 120 m is not
@@ -112,9 +124,7 @@ class Scene:
         far = flat[rows, at]
         points = np.column_stack([far * cos[at], far * sin[at], far * slopes[rows]]).astype(np.float32)
         ring = rows.astype(np.uint16)
-        for array in (points, ring):
-            array.setflags(write=False)
-        return Sweep(points, ring=ring, pose=self._pose(seconds), frame=FRAME)
+        return Sweep(_fixed(points), ring=_fixed(ring), pose=self._pose(seconds), frame=FRAME)
 
     @staticmethod
     def _cast(hits: Floats, slopes: Floats, cos: Floats, sin: Floats, centre: Floats, size: Floats) -> None:

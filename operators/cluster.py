@@ -178,10 +178,12 @@ class Cluster(Operator):
         slope = seen.ground.slope_x * boxes[:, 0] + seen.ground.slope_y * boxes[:, 1]
         centres = np.column_stack([boxes[:, :2], (bottom + top) / 2 + slope])
         rank = np.lexsort((centres[:, 2], centres[:, 1], centres[:, 0]))
-        columns = (centres, np.column_stack([boxes[:, 2:4], top - bottom]), boxes[:, 4], scores)
-        floats = [_fixed(column[rank].astype(np.float32)) for column in columns]
+        sizes = np.column_stack([boxes[:, 2:4], top - bottom])
         return Detections(
-            *floats,
+            _fixed(centres[rank].astype(np.float32)),
+            _fixed(sizes[rank].astype(np.float32)),
+            _fixed(boxes[rank, 4].astype(np.float32)),
+            _fixed(scores[rank].astype(np.float32)),
             classes,
             _fixed(ids[rank].astype(np.uint8)),
             _fixed(np.full(count, -1, np.int64)),

@@ -62,13 +62,13 @@ def _closeness(points: Any, order: Any, start: int, stop: int, turn: float, box:
         low_u, high_u = min(low_u, u), max(high_u, u)
         low_v, high_v = min(low_v, v), max(high_v, v)
     box[0], box[1], box[2], box[3] = low_u, high_u, low_v, high_v
-    close = 0
+    close = np.int64(0)
     for at in range(start, stop):
         x, y = np.float64(points[order[at], 0]), np.float64(points[order[at], 1])
         u, v = x * cos + y * sin, y * cos - x * sin
         edge = min(min(u - low_u, high_u - u), min(v - low_v, high_v - v))
         close += np.int64(1000.0 * _NEAR / max(edge, _NEAR))
-    return close
+    return int(close)
 
 
 @kernel
@@ -85,7 +85,7 @@ def fit_boxes(points: Any, starts: Any, order: Any) -> Any:
     degree = np.pi / 180
     for k in range(count):
         start, stop = starts[k], starts[k + 1]
-        best, most = 0, np.int64(-1)
+        best, most = 0, -1
         for turn in range(0, 90, 6):
             close = _closeness(points, order, start, stop, turn * degree, box)
             if close > most:
@@ -95,17 +95,17 @@ def fit_boxes(points: Any, starts: Any, order: Any) -> Any:
             close = _closeness(points, order, start, stop, (coarse + step) * degree, box)
             if close > most:
                 best, most = coarse + step, close
-        turn = best * degree
-        _closeness(points, order, start, stop, turn, box)
+        angle = best * degree
+        _closeness(points, order, start, stop, angle, box)
         u, v = (box[0] + box[1]) / 2, (box[2] + box[3]) / 2
-        cos, sin = np.cos(turn), np.sin(turn)
+        cos, sin = np.cos(angle), np.sin(angle)
         found[k, 0], found[k, 1] = u * cos - v * sin, u * sin + v * cos
         long, wide = box[1] - box[0], box[3] - box[2]
         if long < wide:
-            long, wide, turn = wide, long, turn + np.pi / 2
-        if turn >= np.pi / 2:
-            turn -= np.pi
-        found[k, 2], found[k, 3], found[k, 4] = long, wide, turn
+            long, wide, angle = wide, long, angle + np.pi / 2
+        if angle >= np.pi / 2:
+            angle -= np.pi
+        found[k, 2], found[k, 3], found[k, 4] = long, wide, angle
     return found
 
 

@@ -40,7 +40,7 @@ def deskewed(sweep: Sweep, motion: npt.NDArray[np.float64], seconds: float) -> S
     turn = -Rotation.from_matrix(motion[:3, :3]).as_rotvec() / seconds
     back = np.linalg.inv(motion)
     pace = back[:3, 3] / seconds
-    times = np.clip(sweep.offsets_ns, -_LONGEST_NS, _LONGEST_NS) / 1e9
+    times = np.clip(sweep.offsets_ns.astype(np.float64), -_LONGEST_NS, _LONGEST_NS) / 1e9
     low, high = float(times.min()), float(times.max())
     step = (high - low) / _STEPS or 1.0
     numbers = np.rint((times - low) / step).astype(np.int64)

@@ -120,8 +120,9 @@ def _frame(scene: Scene, title: str) -> Image.Image:
     axes.set_xlabel("metres to the right", fontsize=8, color=_INK)
     axes.set_ylabel("metres ahead", fontsize=8, color=_INK)
     axes.tick_params(labelsize=7, colors=_INK)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return Image.fromarray(pixels[..., :3].copy())
 
 
 def still(scene: Scene, title: str) -> bytes:
