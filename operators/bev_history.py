@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stepstream.connectors.records import Sweep
 from stepstream.operators.base import State
 from stepstream.operators.grid import Grid
+from stepstream.operators.voxel_kernels import move
 from stepstream.operators.voxelize import Voxelize
 
 __all__ = ["Aligned", "BevHistory", "shifted"]
@@ -111,12 +112,12 @@ class BevHistory:
             spans[axis] = (number * size, number * size + (high - low))
         # In coordinates of the axes from the world's origin: the same point of the world is in the same cell, to the
         # rounding of its own coordinates, whatever the place it was seen from.
-        rotation = level @ pose[:3, :3]
-        points = sweep.points.astype(np.float64) @ rotation.T
-        points[:, :2] += place[:2] - [corner[0] * sizes[0], corner[1] * sizes[1]]
+        offset = np.array([place[0] - corner[0] * sizes[0], place[1] - corner[1] * sizes[1], 0.0])
+        points = np.empty((len(sweep.points), 3), np.float32)
+        move(np.ascontiguousarray(sweep.points), level @ pose[:3, :3], offset, points)
         shape = self.options.shape
         options = self.options.model_copy(update={"x": (0.0, shape[0] * sizes[0]), "y": (0.0, shape[1] * sizes[1])})
-        made = Voxelize(options).grid(Sweep(points.astype(np.float32), frame=sweep.frame))
+        made = Voxelize(options).grid(Sweep(points, frame=sweep.frame))
         low = (spans["x"][0] - place[0], spans["y"][0] - place[1], made.low[2])
         to_world = np.eye(4)
         to_world[:3, :3], to_world[:3, 3] = level.T, pose[:3, 3]
