@@ -85,8 +85,11 @@ class Tally:
         self._reach = max(np.hypot(float(b["x"]), float(b["y"])) for boxes in labels().values() for b in boxes)
         self._matrix = camera()
         self._tracks: dict[str, int] = {}
+        self._places: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
+        self.standing: list[float] = []
+        self.moving: list[float] = []
 
-    def add(self, seen: Detections, boxes: Boxes) -> None:
+    def add(self, seen: Detections, boxes: Boxes, sweep: int) -> None:
         truth = np.array([[float(box[axis]) for axis in "xy"] for box in boxes]).reshape(-1, 2)
         apart = np.linalg.norm(truth[:, None] - seen.centres[None, :, :2], axis=2)
         self.detections += len(seen.scores)
@@ -97,6 +100,7 @@ class Tally:
                 continue
             self.found += 1
             self._follow(box["track_id"], int(seen.track_ids[row.argmin()]))
+            self._speed(box, sweep, seen, int(row.argmin()))
         near = np.linalg.norm(seen.centres[:, :2], axis=1) <= self._reach
         judged = in_view(seen.centres, self._matrix) & near
         self.judged += int(np.count_nonzero(judged))
@@ -108,6 +112,20 @@ class Tally:
             self.switches += self._tracks.get(label, track) != track
             self._tracks[label] = track
 
+    def _speed(self, box: dict[str, str], sweep: int, seen: Detections, k: int) -> None:
+        """The velocity over ground against that of the label over the last half second, by the recording's poses."""
+        if seen.pose is None:
+            return
+        at = seen.pose[:3, :3] @ [float(box[axis]) for axis in "xyz"] + seen.pose[:3, 3]
+        self._places[box["track_id"], sweep] = at
+        before = self._places.get((box["track_id"], sweep - 5))
+        if before is None or not np.isfinite(seen.velocities[k]).all():
+            return
+        true = (at - before)[:2] / 0.5
+        found = (seen.pose[:3, :3] @ seen.velocities[k])[:2]
+        still = np.linalg.norm(true) < 0.5
+        (self.standing if still else self.moving).append(float(np.linalg.norm(found - (0 if still else true))))
+
     def result(self) -> dict[str, Any]:
         return {
             "boxes": self.boxes,
@@ -117,8 +135,18 @@ class Tally:
             "detections a sweep": round(self.detections / 40, 1),
             "boxes whose detection has a track": round(self.tracked / self.boxes, 4),
             "id switches": self.switches,
+            "speed of what stands, m/s": spread(self.standing),
+            "error of the velocity of what moves, m/s": spread(self.moving),
             "missed": dict(self.missed),
         }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {"boxes": 0}
+    return {"boxes": len(values)} | {
+        f"p{share}": round(float(np.quantile(values, share / 100)), 2) for share in (50, 90)
+    }
 
 
 def score(operators: Sequence[Operator], records: Sequence[Record], truth: dict[int, Boxes]) -> dict[str, Any]:
@@ -132,7 +160,7 @@ def score(operators: Sequence[Operator], records: Sequence[Record], truth: dict[
             flowing, seconds = timed(partial(operator.process, given, context))
             times[type(operator).__name__.lower()].append(seconds)
         for made in flowing:
-            tally.add(made.value, truth[sweep])
+            tally.add(made.value, truth[sweep], sweep)
     if context.dead:
         raise SystemExit(context.reasons[0])
     return tally.result() | {"milliseconds": {name: quantiles(seconds) for name, seconds in times.items()}}
@@ -190,7 +218,7 @@ def main() -> None:
     if given.perceive is not None:
         from stepstream.pipeline.pipeline import Pipeline
 
-        chains["perceived"] = [operator for _, operator in Pipeline.from_file(given.perceive).build().task.operators]
+        chains["perceived"] = [operator for _, operator in Pipeline.from_file(given.perceive).operators()]
     scores = {name: score(chain, records, truth) for name, chain in chains.items()}
     report("lidar_detection", {"sweeps": len(records), **scores, "milliseconds": latencies(records)})
 
