@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lidar_files import kitti, nuscenes
 from typer.testing import CliRunner
@@ -93,3 +94,23 @@ def test_what_a_recording_does_not_say_can_be_said(car: Path) -> None:
         for verb in (["inspect", "car"], ["replay", "car", "--to", "x"]):
             result = CliRunner().invoke(app, [*verb, *options])
             assert (result.exit_code, said in result.output) == (code, True), result.output
+
+
+def test_bad_sweeps_are_counted_and_the_tracks_go_on(car: Path) -> None:
+    """One is cut off, one is empty, one is NaN alone, one lies out of the range; the pole before and after is one."""
+    pole = np.array([[10, 2, z, 0] for z in np.linspace(0.4, 2, 9)], np.float32)
+    bad = {4: pole[:0], 5: np.full_like(pole, np.nan), 6: pole + np.float32([500, 0, 0, 0])}
+    for number in (0, 1, 2, 4, 5, 6, 7, 8):
+        (car / "car" / f"{number:06d}.bin").write_bytes(bad.get(number, pole).astype("<f4").tobytes())
+    (car / "t.yaml").write_text(
+        "name: t\nsource: {replay: {path: car}}\n"
+        "operators: [cluster: {}, track: {coast: 1s}]\nsink: {files: {path: out}}\n"
+    )
+    summary = ask("run", "t.yaml")
+    assert (summary["records_in"], summary["records_out"]) == (9, {"Detections": 8})
+    assert summary["dead_letters"] == {"source": 1}
+    found = [record_from_json(line).value for line in (car / "out" / "detections.jsonl").read_text().splitlines()]
+    assert [seen.track_ids.tolist() for seen in found] == [[-1], [-1], [0], [], [], [], [0], [0]]
+    events = summary["operator_events"]
+    assert (events["cluster"]["empty"], events["cluster"]["no_return"], events["cluster"]["outside"]) == (2, 9, 9)
+    assert (events["track"]["gaps"], events["track"]["no_pose"]) == (1, 8)
