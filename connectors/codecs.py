@@ -20,14 +20,17 @@ from stepstream.connectors import (
     codec_arrow,
     codec_arrow_graph,
     codec_arrow_memory,
+    codec_detections,
     codec_events,
     codec_json,
     codec_sweep,
 )
 from stepstream.connectors.base import InputError
+from stepstream.connectors.bev_grids import Grid, decode_grid, encode_grid
 from stepstream.connectors.codec_json import kind_of
 from stepstream.connectors.event_frames import EventFrame, decode_event_frame, encode_event_frame
 from stepstream.connectors.records import (
+    Detections,
     EventSlice,
     Forecast,
     Interaction,
@@ -114,7 +117,7 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 def encode(value: object, form: Form | None = None) -> Encoded:
     """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
-    NodeMemory, Sweep, EventSlice: arrow) or the one asked for.
+    NodeMemory, Sweep, EventSlice, Detections, Grid: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -153,7 +156,8 @@ def decode(content_type: str, body: bytes, max_bytes: int = DEFAULT_MAX_BYTES) -
 
     Raises InputError, with the reason, for a body above `max_bytes`, an unknown kind, form or version, and a body that
     does not hold what its content type says. Nothing is allocated that is not proportional to the body's length, but
-    for a sweep, which is compressed and bounded by `sweep_checks.MAX_POINTS`.
+    for a sweep and a grid, which are compressed, and bounded by `sweep_checks.MAX_POINTS` and
+    `bev_grids.MAX_WIRE_CELLS`.
     """
     if len(body) > max_bytes:
         raise InputError(f"body: {len(body)} bytes, at most {max_bytes} are taken")
@@ -198,4 +202,7 @@ register_codec(Sweep, "json", _json_encoder(Sweep), _json_decoder(Sweep))
 register_codec(EventSlice, "arrow", codec_events.encode_slice, codec_events.decode_slice)
 register_codec(EventSlice, "evt3", codec_events.encode_slice_evt3, codec_events.decode_slice_evt3)
 register_codec(EventSlice, "json", _json_encoder(EventSlice), _json_decoder(EventSlice))
+register_codec(Detections, "arrow", codec_detections.encode_detections, codec_detections.decode_detections)
+register_codec(Detections, "json", _json_encoder(Detections), _json_decoder(Detections))
 register_codec(EventFrame, "arrow", encode_event_frame, decode_event_frame)
+register_codec(Grid, "arrow", encode_grid, decode_grid)

@@ -12,7 +12,7 @@ import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stepstream.connectors import codec_sweep  # noqa: F401  adds the JSON form of a sweep
+from stepstream.connectors import codec_detections, codec_sweep  # noqa: F401  they add JSON forms
 from stepstream.connectors.base import DeadLetter, InputError, Undecodable
 from stepstream.connectors.codec_json import JSON_FIELDS, dump, fields_of, kind_of, load_object
 from stepstream.connectors.records import Interaction, Origin, Reading, Record

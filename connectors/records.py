@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Detections",
     "EventSlice",
     "Forecast",
     "Interaction",
@@ -191,6 +192,33 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
+class Detections:
+    """K objects seen at the record's event time, as oriented boxes upright in the frame of reference `frame`.
+
+    `centres`: float32 [K, 3], x, y, z of the boxes' middles in metres. `sizes`: float32 [K, 3], length along the yaw,
+    width, height in metres. `yaws`: float32 [K], radians from -pi to pi, from x to y. `scores`: float32 [K], 0 to 1,
+    more is surer; what it measures is the maker's to say. `classes`: their names; `class_ids`: uint8 [K], which of
+    them. `track_ids`: int64 [K], the same for one object over the stream of a key, -1 where there is none.
+    `velocities`: float32 [K, 3], metres a second along the axes of `frame`, NaN where not known: over ground if there
+    is a `pose`, else relative to the sensor. `pose`: that of the sweep, float64 [4, 4], or None. `model`, `weights`:
+    what found the objects and the sha256 of its weights ("" if it has none). The bounds are in `detection_checks`.
+    """
+
+    centres: FloatArray
+    sizes: FloatArray
+    yaws: FloatArray
+    scores: FloatArray
+    classes: tuple[str, ...]
+    class_ids: npt.NDArray[np.uint8]
+    track_ids: npt.NDArray[np.int64]
+    velocities: FloatArray
+    frame: str
+    model: str
+    weights: str
+    pose: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EventSlice:
     """The events of one camera from `start_us` to `end_us`, at most 10 ms: the record's event time is `start_us`.
 
@@ -214,8 +242,8 @@ class EventSlice:
 
 
 Payload: TypeAlias = Any
-"""`Reading`, `SensorFrame`, `Sweep`, `EventSlice`, `Interaction`, `Forecast`, `LinkScores`, `NodeMemory`, `Score`, or
-any other frozen dataclass: operators name those they consume."""
+"""`Reading`, `SensorFrame`, `Sweep`, `EventSlice`, `Interaction`, `Forecast`, `Detections`, `LinkScores`, `NodeMemory`,
+`Score`, or any other frozen dataclass: operators name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from stepstream.models.dyngraph.compiled import kernel
 
-__all__ = ["fill_binary", "fill_height", "fill_volume"]
+__all__ = ["fill_binary", "fill_height", "fill_volume", "move"]
 
 
 @kernel
@@ -75,3 +75,13 @@ def fill_volume(points: Any, low: Any, inverse: Any, cells: Any) -> tuple[int, i
             flat[(np.int64(x) * deep + np.int64(y)) * high + np.int64(z)] = 1
             inside += 1
     return inside, returns
+
+
+@kernel
+def move(points: Any, rotation: Any, offset: Any, out: Any) -> None:
+    """float32 [N, 3]: each point turned by float64 [3, 3] and moved by float64 [3], computed in float64."""
+    for n in range(points.shape[0]):
+        x, y, z = np.float64(points[n, 0]), np.float64(points[n, 1]), np.float64(points[n, 2])
+        for axis in range(3):
+            turned = rotation[axis, 0] * x + rotation[axis, 1] * y + rotation[axis, 2] * z
+            out[n, axis] = np.float32(turned + offset[axis])

@@ -15,6 +15,7 @@ from stepstream.connectors.sweep_checks import sweep_fault
 from stepstream.operators import base
 from stepstream.operators.base import Context, Operator
 from stepstream.operators.grid import Grid
+from stepstream.operators.ground import Ground, GroundOption, estimate_ground, level
 from stepstream.operators.voxel_kernels import fill_binary, fill_height, fill_volume
 
 __all__ = ["MAX_CELLS", "Voxelize"]
@@ -44,21 +45,23 @@ class Voxelize(Operator):
 
     A point is in the grid if `low <= coordinate < high` on every axis, z counted from the ground. Counted: "empty"
     (sweeps without a return, which give a grid of zeros), "no_return" (points that are NaN or infinite), "outside"
-    (points out of the range). A sweep that breaks the bounds of `sweep_checks` is a dead letter.
+    (points out of the range), "ground_unsure" (sweeps with too little ground to estimate its slope). A sweep that
+    breaks the bounds of `sweep_checks` is a dead letter.
     """
 
     class Options(base.Options):
         """`x`, `y`, `z`: ranges in metres, of which z counts from `ground`, the height of the ground in the sensor's
-        frame (KITTI: -1.73). `cell`: metres, one number, or one for x and y and one for z, or one for each axis. `map`:
-        `binary` (2-D), `height` (2-D, the highest point) or `volume` (3-D binary; the others do not use z's cell). Each
-        range is a whole number of cells.
+        frame (KITTI: -1.73), or `estimate`: from each sweep, its slope taken out (`ground.estimate_ground`). `cell`:
+        metres, one number, or one for x and y and one for z, or one for each axis. `map`: `binary` (2-D), `height`
+        (2-D, the highest point) or `volume` (3-D binary; the others do not use z's cell). Each range is a whole number
+        of cells.
         """
 
         x: Range = (-51.2, 51.2)
         y: Range = (-51.2, 51.2)
         z: Range = (0.3, 4.2)
         cell: Size = Field((0.4, 0.3), description="metres")
-        ground: float = Field(0.0, ge=-_MAX_METRES, le=_MAX_METRES)
+        ground: GroundOption = 0.0
         map: Literal["binary", "height", "volume"] = "binary"
 
         @field_validator("x", "y", "z")
@@ -67,6 +70,13 @@ class Voxelize(Operator):
             if not -_MAX_METRES <= span[0] < span[1] <= _MAX_METRES:
                 raise ValueError(f"expected two ascending numbers of metres, got {list(span)}")
             return span
+
+        @field_validator("ground")
+        @classmethod
+        def _height(cls, ground: GroundOption) -> GroundOption:
+            if ground != "estimate" and not -_MAX_METRES <= ground <= _MAX_METRES:
+                raise ValueError(f"expected metres or estimate, got {ground}")
+            return ground
 
         @field_validator("cell")
         @classmethod
@@ -104,8 +114,7 @@ class Voxelize(Operator):
     def __init__(self, options: Options) -> None:
         self.options = options
         self._shape, self._size = options.shape, options.sizes
-        self._low = (options.x[0], options.y[0], options.z[0] + options.ground)
-        self._from = np.array(self._low, np.float64)
+        self._fixed = None if options.ground == "estimate" else Ground(options.ground, 0.0, 0.0, 0)
         self._inverse = 1.0 / np.array(self._size, np.float64)
 
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:
@@ -116,7 +125,10 @@ class Voxelize(Operator):
             if (fault := sweep_fault(sweep)) is not None:
                 context.dead_letter(record, fault)
                 continue
-            grid, returns = self._fill(sweep)
+            ground = self._fixed or estimate_ground(sweep.points)
+            grid, returns = self._fill(sweep, ground)
+            if self._fixed is None and not ground.cells:
+                context.count("ground_unsure")
             if not returns:
                 context.count("empty")
             if returns < len(sweep.points):
@@ -128,24 +140,30 @@ class Voxelize(Operator):
 
     def grid(self, sweep: Sweep) -> Grid:
         """The grid of one valid sweep."""
-        return self._fill(sweep)[0]
+        return self._fill(sweep, self._fixed or estimate_ground(sweep.points))[0]
 
-    def _fill(self, sweep: Sweep) -> tuple[Grid, int]:
+    def _fill(self, sweep: Sweep, ground: Ground) -> tuple[Grid, int]:
         """(The grid of a sweep, how many of its points are finite.)"""
-        points = np.ascontiguousarray(sweep.points)
+        points = np.ascontiguousarray(level(sweep.points, ground))
+        low = (self.options.x[0], self.options.y[0], self.options.z[0] + ground.height)
+        start = np.array(low, np.float64)
         cells: npt.NDArray[Any]
         if self.options.map == "volume":
             cells = np.zeros(self._shape, np.uint8)
-            inside, returns = fill_volume(points, self._from, self._inverse, cells)
+            inside, returns = fill_volume(points, start, self._inverse, cells)
         elif self.options.map == "height":
             cells = np.zeros(self._shape, np.float32)
-            inside, returns = fill_height(points, self._from, self._inverse, 1.0, cells)
+            inside, returns = fill_height(points, start, self._inverse, 1.0, cells)
         else:
             cells = np.zeros(self._shape, np.uint8)
-            inside, returns = fill_binary(points, self._from, self._inverse, 1.0, cells)
+            inside, returns = fill_binary(points, start, self._inverse, 1.0, cells)
         cells.setflags(write=False)
-        return Grid(cells, self._low, self._size, int(inside), sweep.frame, sweep.pose), int(returns)
+        return Grid(cells, low, self._size, int(inside), sweep.frame, sweep.pose), int(returns)
 
     def describe(self) -> dict[str, Any]:
-        size, low = ([round(metres, 6) for metres in triple] for triple in (self._size, self._low))
-        return {"map": self.options.map, "shape": list(self._shape), "cell": size, "low": low}
+        options = self.options
+        size = [round(metres, 6) for metres in self._size]
+        if self._fixed is None:
+            return {"map": options.map, "shape": list(self._shape), "cell": size, "ground": options.ground}
+        low = [round(metres, 6) for metres in (options.x[0], options.y[0], options.z[0] + self._fixed.height)]
+        return {"map": options.map, "shape": list(self._shape), "cell": size, "low": low}

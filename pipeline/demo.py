@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from stepstream.pipeline.pipeline import Built
 
-__all__ = ["HORIZONS_MIN", "INTERVAL", "MODELS", "StepTimes", "demo_pipeline", "run_demo"]
+__all__ = ["HORIZONS_MIN", "INTERVAL", "MODELS", "StepTimes", "claim", "demo_pipeline", "run_demo", "working"]
 
 MODELS = ("sttn", "persistence", "weekly-average")
 HORIZONS_MIN = (15, 30, 60)
@@ -52,6 +52,10 @@ _MADE = (
     "forecasts.jsonl",
     "scores.jsonl",
     "dead_letters.jsonl",
+    "detections.jsonl",
+    "detections.parquet",
+    "bev.gif",
+    "bev.png",
     ".parts",
     ".stepstream",
 )
@@ -105,8 +109,8 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
     `out` may be new, empty, or hold an earlier demo, whose outputs are replaced; anything else is refused.
     `summary.json` in `out` has the same values. Raises InputError.
     """
-    with _status("loading the models"):
-        _claim(out)
+    with working("loading the models"):
+        claim(out)
         pipeline = demo_pipeline(out, days)
         built = pipeline.build()
     times = _watch_steps(built)
@@ -117,7 +121,7 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
         result = built.run(None, on_progress, scores.see)
     summary = _summarise(out, days, result, times, scores.rows())
     write_atomic(out / "summary.json", [json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n"])
-    with _status("drawing the report"):
+    with working("drawing the report"):
         from stepstream.pipeline.report import write_report
 
         write_report(out)
@@ -126,7 +130,7 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
 
 
 @contextmanager
-def _status(text: str) -> Iterator[None]:
+def working(text: str) -> Iterator[None]:
     """A line on stderr while something takes a moment, if somebody watches."""
     from stepstream.pipeline.cli.common import progress_console
 
@@ -135,7 +139,7 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _claim(out: Path) -> None:
+def claim(out: Path) -> None:
     """Makes `out` an empty demo folder."""
     if out.is_symlink() or out.exists():
         if not out.is_dir():

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 __all__ = ["Built", "Part", "Pipeline", "Use", "use"]
 
 # Which built-in operator makes a payload type: what to say to somebody whose pipeline lacks it.
-_MAKERS = {"SensorFrame": "align", "Forecast": "forecast", "Score": "score"}
+_MAKERS = {
+    "SensorFrame": "align",
+    "Forecast": "forecast",
+    "Score": "score",
+    "Grid": "voxelize",
+    "Detections": "cluster",
+}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "jsonl": "stepstream.connectors.jsonl:JsonLines",
         "stdin": "stepstream.connectors.stdio:Stdin",
         "kafka": "stepstream.connectors.kafka:KafkaSource",
+        "simulated-lidar": "stepstream.connectors.simulated_lidar:SimulatedLidar",
     },
     "sink": {
         "files": "stepstream.connectors.files:Files",
@@ -36,13 +37,17 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "operator": {
         "accumulate": "stepstream.operators.accumulate:Accumulate",
         "align": "stepstream.operators.align:Align",
+        "cluster": "stepstream.operators.cluster:Cluster",
+        "deskew": "stepstream.operators.deskew:Deskew",
         "forecast": "stepstream.operators.forecast:Forecaster",
+        "rate-limit": "stepstream.operators.rate_limit:RateLimit",
         "score": "stepstream.operators.score:Scorer",
         "interactions": "stepstream.operators.interactions:Interactions",
         "links": "stepstream.operators.links:Links",
         "shards": "stepstream.operators.shards:Shards",
         "shard-links": "stepstream.operators.shard_links:ShardLinks",
         "null": "stepstream.operators.null:Null",
+        "track": "stepstream.operators.track:Track",
         "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {

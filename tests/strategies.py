@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from stepstream.connectors.records import (
+    Detections,
     Forecast,
     Interaction,
     LinkScores,
@@ -107,6 +109,33 @@ def link_scores(draw: st.DrawFn, finite_only: bool = False) -> LinkScores:
     return LinkScores(draw(node_ids), nodes, values, freshness, draw(texts), draw(texts))
 
 
+@st.composite
+def detections(draw: st.DrawFn, finite_only: bool = False) -> Detections:
+    """0 to 5 boxes of 1 to 3 classes; a velocity may be NaN, a track none, the pose None."""
+    count = draw(st.integers(0, 5))
+    classes = tuple(draw(st.lists(names, min_size=1, max_size=3, unique=True)))
+    within = partial(st.floats, width=32)
+    column = partial(npst.arrays, np.float32)
+    pose = np.eye(4)
+    pose[:3, 3] = draw(st.tuples(finite, finite, finite))
+    speeds = within(-100, 100) if finite_only else within(-100, 100) | st.just(np.nan)
+    tracks = draw(st.lists(st.integers(-1, 2**63 - 1), min_size=count, max_size=count, unique=True))
+    return Detections(
+        draw(float32s((count, 3), finite_only=True)),
+        draw(column((count, 3), elements=within(0, 50))),
+        draw(column(count, elements=within(-3.125, 3.125))),
+        draw(column(count, elements=within(0, 1))),
+        classes,
+        draw(npst.arrays(np.uint8, count, elements=st.integers(0, len(classes) - 1))),
+        np.array(tracks, np.int64),
+        draw(column((count, 3), elements=speeds)),
+        draw(names),
+        draw(texts),
+        draw(texts),
+        draw(st.none() | st.just(pose)),
+    )
+
+
 leaf_shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 leaf_arrays = leaf_shapes.flatmap(
     lambda shape: (
@@ -126,7 +155,7 @@ node_memories = st.builds(
     texts,
     st.dictionaries(names, leaf_arrays, min_size=1, max_size=4),
 )
-payloads = readings | frames() | forecasts() | scores | interactions | link_scores()
+payloads = readings | frames() | forecasts() | scores | interactions | link_scores() | detections()
 json_payloads = (
     readings
     | frames(finite_only=True)
@@ -134,6 +163,7 @@ json_payloads = (
     | scores
     | interactions
     | link_scores(finite_only=True)
+    | detections(finite_only=True)
 )
 origins = st.builds(Origin, texts, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
 paths = st.lists(st.integers(0, 2**31), max_size=3).map(tuple)

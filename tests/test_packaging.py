@@ -39,6 +39,9 @@ def test_the_wheel_owns_only_stepstream(wheel: Path) -> None:
     for needed in (
         "stepstream/data/metr_la_week.npz",
         "stepstream/data/la-traffic.yaml",
+        "stepstream/data/ika-lidar.yaml",
+        "stepstream/data/ika_vlp32/1603960640713255310.npz",
+        "stepstream/data/ika_vlp32/README.md",
         "stepstream/models/py.typed",
         "stepstream/pipeline/engines/local.py",
         "stepstream/weights/sttn-metr-la/model.safetensors",

@@ -27,7 +27,10 @@ __all__ = [
     "DebugOption",
     "FormatOption",
     "JsonOption",
+    "PosesOption",
+    "RateHzOption",
     "TimeUnitOption",
+    "TopicOption",
     "WrongUse",
     "complain",
     "console",
@@ -38,6 +41,7 @@ __all__ = [
     "number",
     "options_from",
     "progress_console",
+    "sweep_options",
     "time_unit_option",
     "use_current_folder",
     "verb",
@@ -56,6 +60,18 @@ TimeUnitOption = Annotated[
         help="Unit of the times of an edge list: s, ms, us or ns.",
         show_default="judged from the largest",
     ),
+]
+RateHzOption = Annotated[
+    float | None,
+    typer.Option("--rate-hz", help="LiDAR: sweeps a second, where there are no times.", show_default="10"),
+]
+PosesOption = Annotated[
+    Path | None,
+    typer.Option("--poses", help="LiDAR: a file with 12 numbers a row, the sweeps' poses.", show_default=False),
+]
+TopicOption = Annotated[
+    str | None,
+    typer.Option("--topic", help="LiDAR: of a bag that has several.", show_default="the one with most messages"),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -106,6 +122,14 @@ def time_unit_option(unit: str | None) -> dict[str, str]:
     if unit not in ("s", "ms", "us", "ns"):
         raise WrongUse(f"--time-unit {unit}: expected s, ms, us or ns")
     return {"time_unit": unit}
+
+
+def sweep_options(rate_hz: float | None, poses: Path | None, topic: str | None) -> dict[str, Any]:
+    """`--rate-hz`, `--poses` and `--topic`, those that are given, as options of a reader or of `replay`."""
+    if rate_hz is not None and not 0 < rate_hz <= 10_000:
+        raise WrongUse(f"--rate-hz {rate_hz:g}: expected a number above 0, at most 10000")
+    given = {"rate_hz": rate_hz, "poses": None if poses is None else str(poses), "topic": topic}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _reader_left() -> NoReturn:

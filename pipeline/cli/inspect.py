@@ -11,10 +11,14 @@ from stepstream.pipeline.cli.common import (
     DebugOption,
     FormatOption,
     JsonOption,
+    PosesOption,
+    RateHzOption,
     TimeUnitOption,
+    TopicOption,
     console,
     emit_json,
     key_values,
+    sweep_options,
     time_unit_option,
     use_current_folder,
     verb,
@@ -28,6 +32,7 @@ Examples:
   stepstream inspect recordings/            every recording in a folder
   stepstream inspect metr_la.npz --json | jq .missing_fraction
   stepstream inspect edges.csv --time-unit ms
+  stepstream inspect kitti/velodyne --poses poses.txt --rate-hz 10
 """
 
 
@@ -36,12 +41,15 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A recording, or a folder of recordings.", show_default=False)],
     form: FormatOption = None,
     time_unit: TimeUnitOption = None,
+    rate_hz: RateHzOption = None,
+    poses: PosesOption = None,
+    topic: TopicOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """What a recording holds: its modality and format (found from its content), how much, from when to when."""
     use_current_folder()
-    found, skipped = _summaries(path, form, time_unit_option(time_unit))
+    found, skipped = _summaries(path, form, time_unit_option(time_unit) | sweep_options(rate_hz, poses, topic))
     if path.is_dir() and not (len(found) == 1 and found[0]["path"] == str(path)):
         if as_json:
             emit_json({"path": str(path), "recordings": found, "skipped": skipped})
@@ -58,7 +66,7 @@ def inspect(
 
 
 def _summaries(
-    path: Path, form: str | None, options: dict[str, str]
+    path: Path, form: str | None, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """What is in the recording at `path`, or in each recording of that folder, and the files that are none."""
     from stepstream.connectors.base import InputError

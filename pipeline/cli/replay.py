@@ -11,12 +11,16 @@ from stepstream.pipeline.cli.common import (
     DebugOption,
     FormatOption,
     JsonOption,
+    PosesOption,
+    RateHzOption,
     TimeUnitOption,
+    TopicOption,
     WrongUse,
     console,
     emit_json,
     number,
     options_from,
+    sweep_options,
     time_unit_option,
     use_current_folder,
     verb,
@@ -32,6 +36,7 @@ Examples:
   stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1 --servers broker:9092
   stepstream replay metr_la.npz --to kafka:traffic.frames --emit frames --set security.protocol=SSL
   stepstream replay kitti/velodyne --to sweeps/ --rate 1    writes sweeps/sweeps.jsonl
+  stepstream replay drive.mcap --to sweeps/ --topic /lidar_top
   stepstream replay bitcoin_alpha.csv --to edges/ --sort    writes edges/interactions.jsonl, by time
 """
 
@@ -58,6 +63,9 @@ def replay(
         bool, typer.Option("--sort", help="Interactions by time, not in the order of the file.")
     ] = False,
     time_unit: TimeUnitOption = None,
+    rate_hz: RateHzOption = None,
+    poses: PosesOption = None,
+    topic: TopicOption = None,
     servers: Annotated[
         str, typer.Option("--servers", envvar="STEPSTREAM_SERVERS", help="The brokers of kafka:TOPIC, host:port,...")
     ] = "127.0.0.1:9092",
@@ -75,12 +83,13 @@ def replay(
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
     if emit not in (None, "readings", "frames", "interactions", "sweeps", "slices"):
         raise WrongUse(f"--emit {emit}: expected readings, frames, interactions, sweeps or slices")
-    graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
+    own = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
+    own |= sweep_options(rate_hz, poses, topic)
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 
     with stop_on_signals() as stop, record_progress(f"replay {path.name}") as update:
-        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update, graph)
+        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update, own)
     if as_json:
         emit_json(summary)
     else:

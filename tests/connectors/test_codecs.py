@@ -200,7 +200,7 @@ def test_foreign_arrow_bodies_say_what_is_wrong(kind: str, columns: dict[str, pa
         ("text/plain", "expected application/vnd.stepstream"),
         ("application/vnd.stepstream.reading+json", "expected application/vnd.stepstream"),
         ("application/vnd.stepstream.reading+json; v=2", r"v=2 is unknown; known versions: \[1\]"),
-        ("application/vnd.stepstream.reading+arrow; v=1", r"reading\+arrow is unknown; known: event_frame\+arrow"),
+        ("application/vnd.stepstream.reading+arrow; v=1", r"reading\+arrow is unknown; known: detections\+arrow, "),
         ("application/vnd.stepstream.banana+json; v=1", r"banana\+json is unknown"),
     ],
 )

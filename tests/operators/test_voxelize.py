@@ -159,3 +159,20 @@ def test_it_is_in_the_registry() -> None:
     from stepstream.pipeline import registry
 
     assert registry.load("operator", "voxelize") is Voxelize
+
+
+def test_an_estimated_ground_is_level_in_the_grid() -> None:
+    rng = np.random.default_rng(0)
+    ground = rng.uniform(-4, 4, (4000, 3)) * [10, 10, 0]
+    ground[:, 2] = 0.1 * ground[:, 0] - 2
+    pole = np.array([[30, 3, 0.1 * 30 - 2 + z] for z in (0.05, 1.0, 1.9)])
+    context = RecordingContext()
+    options: dict[str, Any] = {"x": (-40, 40), "y": (-40, 40), "z": (0.5, 2.5), "cell": 1, "ground": "estimate"}
+    operator = Voxelize(Voxelize.Options(**options, map="height"))
+    grid = only(operator, np.concatenate([ground, pole]), context)
+    assert np.argwhere(grid.cells).tolist() == [[70, 43]] and not context.counts["ground_unsure"]
+    assert grid.cells[70, 43] == pytest.approx(1.4, abs=0.1) and grid.low[2] == pytest.approx(-1.5, abs=0.1)
+    assert operator.describe()["ground"] == "estimate"
+    assert plain(operator.grid(record(np.concatenate([ground, pole])).value)) == plain(grid)
+    only(operator, pole, context)
+    assert context.counts["ground_unsure"] == 1

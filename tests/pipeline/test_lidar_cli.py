@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lidar_files import kitti, nuscenes
 from typer.testing import CliRunner
 
+from stepstream.connectors.record_json import record_from_json
 from stepstream.pipeline.cli import app
 
 
@@ -74,3 +76,41 @@ def test_what_was_replayed_to_a_folder_runs_through_a_pipeline(car: Path) -> Non
     )
     summary = ask("run", "q.yaml")
     assert (summary["records_in"], summary["records_out"], summary["dead_letters"]) == (5, {"Grid": 5}, {})
+
+
+def test_what_a_recording_does_not_say_can_be_said(car: Path) -> None:
+    row = " ".join(["1", "0", "0", "{}", "0", "1", "0", "0", "0", "0", "1", "0"])
+    (car / "poses.txt").write_text("".join(row.format(i) + "\n" for i in range(6)))
+    summary = ask("inspect", "car", "--rate-hz", "20", "--poses", "poses.txt")
+    assert (summary["end_ns"], summary["poses"]) == (250_000_000, 5)
+    ask("replay", "car", "--to", "out", "--rate-hz", "20", "--poses", "poses.txt")
+    records = [record_from_json(line) for line in (car / "out" / "sweeps.jsonl").read_text().splitlines()]
+    assert [r.time_ns for r in records] == [i * 50_000_000 for i in (0, 1, 2, 4, 5)]
+    assert [r.value.pose[0, 3] for r in records] == [0, 1, 2, 4, 5]
+    for options, code, said in (
+        (["--rate-hz", "0"], 2, "--rate-hz 0: expected a number above 0"),
+        (["--poses", "nothing.txt"], 1, "nothing.txt: No such file"),
+    ):
+        for verb in (["inspect", "car"], ["replay", "car", "--to", "x"]):
+            result = CliRunner().invoke(app, [*verb, *options])
+            assert (result.exit_code, said in result.output) == (code, True), result.output
+
+
+def test_bad_sweeps_are_counted_and_the_tracks_go_on(car: Path) -> None:
+    """One is cut off, one is empty, one is NaN alone, one lies out of the range; the pole before and after is one."""
+    pole = np.array([[10, 2, z, 0] for z in np.linspace(0.4, 2, 9)], np.float32)
+    bad = {4: pole[:0], 5: np.full_like(pole, np.nan), 6: pole + np.float32([500, 0, 0, 0])}
+    for number in (0, 1, 2, 4, 5, 6, 7, 8):
+        (car / "car" / f"{number:06d}.bin").write_bytes(bad.get(number, pole).astype("<f4").tobytes())
+    (car / "t.yaml").write_text(
+        "name: t\nsource: {replay: {path: car}}\n"
+        "operators: [cluster: {}, track: {coast: 1s}]\nsink: {files: {path: out}}\n"
+    )
+    summary = ask("run", "t.yaml")
+    assert (summary["records_in"], summary["records_out"]) == (9, {"Detections": 8})
+    assert summary["dead_letters"] == {"source": 1}
+    found = [record_from_json(line).value for line in (car / "out" / "detections.jsonl").read_text().splitlines()]
+    assert [seen.track_ids.tolist() for seen in found] == [[-1], [-1], [0], [], [], [], [0], [0]]
+    events = summary["operator_events"]
+    assert (events["cluster"]["empty"], events["cluster"]["no_return"], events["cluster"]["outside"]) == (2, 9, 9)
+    assert (events["track"]["gaps"], events["track"]["no_pose"]) == (1, 8)
