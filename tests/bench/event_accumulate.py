@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,16 @@ def voxels(slices: list[EventSlice]) -> dict[str, Callable[[], object]]:
 def operators(slices: list[EventSlice]) -> dict[str, Callable[[], object]]:
     records = [Record("c", s.start_us * 1000, s, Origin("c", 0, i)) for i, s in enumerate(slices)]
 
-    def run(kind: str) -> None:
-        operator = Accumulate(Accumulate.Options.model_validate({"kind": kind, "every": "10ms", "bins": BINS}))
+    def run(operator: Accumulate, context: RecordingContext) -> None:
+        operator.drop("c")
         for record in records:
-            operator.process([record], RecordingContext())
+            operator.process([record], context)
 
-    return {f"{kind} operator": lambda kind=kind: run(kind) for kind in ("count", "polarity", "voxel", "surface")}
+    made = {
+        kind: Accumulate(Accumulate.Options.model_validate({"kind": kind, "every": "10ms", "bins": BINS}))
+        for kind in ("count", "polarity", "voxel", "surface")
+    }
+    return {f"{kind} operator": partial(run, operator, RecordingContext()) for kind, operator in made.items()}
 
 
 def main() -> None:
