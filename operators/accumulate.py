@@ -13,7 +13,6 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from stepstream.connectors.event_frames import EventFrame
-from stepstream.connectors.event_slices import slice_fault
 from stepstream.connectors.records import EventSlice, Record
 from stepstream.operators import base
 from stepstream.operators.accumulate_kernels import (
@@ -27,6 +26,7 @@ from stepstream.operators.accumulate_kernels import (
 )
 from stepstream.operators.base import Context, Operator, State
 from stepstream.operators.durations import Duration, format_duration, to_ns
+from stepstream.operators.event_order import judge
 from stepstream.operators.recycled import Recycled
 
 __all__ = ["Accumulate"]
@@ -121,26 +121,11 @@ class Accumulate(Operator):
     def _state_for(self, record: Record, context: Context) -> _KeyState | None:
         """The state that a slice goes on, or None if it is not to be used."""
         events: EventSlice = record.value
-        fault = slice_fault(events)
-        if fault is not None:
-            context.dead_letter(record, fault)
-            return None
         state = self._states.get(record.key)
-        if state is not None and events.boot_id != state.boot:
-            context.count("restart")
-            state = None
-        elif state is not None and events.sequence <= state.sequence:
-            context.count("duplicate")
+        verdict = judge(record, state, context)
+        if verdict == "skip":
             return None
-        elif state is not None and (events.width, events.height) != (state.width, state.height):
-            context.count("resized")
-            state = None
-        elif state is not None and events.start_us < state.newest:
-            context.dead_letter(record, f"start_us: expected at least {state.newest}, got {events.start_us}")
-            return None
-        elif state is not None and events.sequence > state.sequence + 1:
-            context.count("lost", events.sequence - state.sequence - 1)
-        if state is None:
+        if state is None or verdict == "fresh":
             state = self._states[record.key] = _KeyState(events)
             self._begin(state, events.start_us)
         state.sequence = events.sequence

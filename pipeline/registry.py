@@ -36,9 +36,11 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
     "operator": {
         "accumulate": "stepstream.operators.accumulate:Accumulate",
         "align": "stepstream.operators.align:Align",
+        "denoise": "stepstream.operators.denoise:Denoise",
         "forecast": "stepstream.operators.forecast:Forecaster",
         "score": "stepstream.operators.score:Scorer",
         "interactions": "stepstream.operators.interactions:Interactions",
+        "limit-events": "stepstream.operators.limit_events:LimitEvents",
         "links": "stepstream.operators.links:Links",
         "shards": "stepstream.operators.shards:Shards",
         "shard-links": "stepstream.operators.shard_links:ShardLinks",
