@@ -27,6 +27,7 @@ __all__ = [
     "DebugOption",
     "FormatOption",
     "JsonOption",
+    "SliceUsOption",
     "TimeUnitOption",
     "WrongUse",
     "complain",
@@ -38,6 +39,7 @@ __all__ = [
     "number",
     "options_from",
     "progress_console",
+    "slice_option",
     "time_unit_option",
     "use_current_folder",
     "verb",
@@ -56,6 +58,10 @@ TimeUnitOption = Annotated[
         help="Unit of the times of an edge list: s, ms, us or ns.",
         show_default="judged from the largest",
     ),
+]
+SliceUsOption = Annotated[
+    int | None,
+    typer.Option("--slice-us", help="Events: microseconds of a slice, 1000 to 10000.", show_default="1000"),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -106,6 +112,15 @@ def time_unit_option(unit: str | None) -> dict[str, str]:
     if unit not in ("s", "ms", "us", "ns"):
         raise WrongUse(f"--time-unit {unit}: expected s, ms, us or ns")
     return {"time_unit": unit}
+
+
+def slice_option(slice_us: int | None) -> dict[str, int]:
+    """`--slice-us` as an option of a reader or of `replay`."""
+    if slice_us is None:
+        return {}
+    if not 1000 <= slice_us <= 10_000:
+        raise WrongUse(f"--slice-us {slice_us}: expected 1000 to 10000")
+    return {"slice_us": slice_us}
 
 
 def _reader_left() -> NoReturn:

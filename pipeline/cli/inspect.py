@@ -11,10 +11,12 @@ from stepstream.pipeline.cli.common import (
     DebugOption,
     FormatOption,
     JsonOption,
+    SliceUsOption,
     TimeUnitOption,
     console,
     emit_json,
     key_values,
+    slice_option,
     time_unit_option,
     use_current_folder,
     verb,
@@ -36,12 +38,13 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A recording, or a folder of recordings.", show_default=False)],
     form: FormatOption = None,
     time_unit: TimeUnitOption = None,
+    slice_us: SliceUsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """What a recording holds: its modality and format (found from its content), how much, from when to when."""
     use_current_folder()
-    found, skipped = _summaries(path, form, time_unit_option(time_unit))
+    found, skipped = _summaries(path, form, time_unit_option(time_unit) | slice_option(slice_us))
     if path.is_dir() and not (len(found) == 1 and found[0]["path"] == str(path)):
         if as_json:
             emit_json({"path": str(path), "recordings": found, "skipped": skipped})
@@ -58,7 +61,7 @@ def inspect(
 
 
 def _summaries(
-    path: Path, form: str | None, options: dict[str, str]
+    path: Path, form: str | None, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """What is in the recording at `path`, or in each recording of that folder, and the files that are none."""
     from stepstream.connectors.base import InputError

@@ -11,12 +11,14 @@ from stepstream.pipeline.cli.common import (
     DebugOption,
     FormatOption,
     JsonOption,
+    SliceUsOption,
     TimeUnitOption,
     WrongUse,
     console,
     emit_json,
     number,
     options_from,
+    slice_option,
     time_unit_option,
     use_current_folder,
     verb,
@@ -32,6 +34,7 @@ Examples:
   stepstream replay metr_la.npz --to kafka:traffic.readings --rate 1 --servers broker:9092
   stepstream replay metr_la.npz --to kafka:traffic.frames --emit frames --set security.protocol=SSL
   stepstream replay kitti/velodyne --to sweeps/ --rate 1    writes sweeps/sweeps.jsonl
+  stepstream replay recording.raw --to slices/ --slice-us 5000    writes slices/event_slices.jsonl
   stepstream replay bitcoin_alpha.csv --to edges/ --sort    writes edges/interactions.jsonl, by time
 """
 
@@ -65,6 +68,7 @@ def replay(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the kafka sink, such as security.protocol=SSL."),
     ] = None,
+    slice_us: SliceUsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -75,7 +79,7 @@ def replay(
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
     if emit not in (None, "readings", "frames", "interactions", "sweeps", "slices"):
         raise WrongUse(f"--emit {emit}: expected readings, frames, interactions, sweeps or slices")
-    graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
+    graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit) | slice_option(slice_us)
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 
