@@ -75,6 +75,17 @@ def test_a_second_camera_in_aedat4_is_chosen_by_its_number(tmp_path: Path) -> No
     assert sum(len(record.value.t_us) for record in records) == 50
 
 
+def test_any_slice_of_aedat4_can_be_gone_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 61)  # a packet at a time
+    path = tmp_path / "x"
+    path.write_bytes(files.aedat4_file(DAVIS, packet=30))
+    recording = open_recording(path)
+    assert_same(played(recording), DAVIS)
+    middle = len(recording) // 2
+    for a, b in zip(itertools.islice(recording.slices(), middle, None), recording.slices(middle), strict=True):
+        assert (a.sequence, a.t_us.tolist()) == (b.sequence, b.t_us.tolist())
+
+
 def test_damage_in_aedat4_is_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x"
     body = files.aedat4_file(DAVIS, compression=0, packet=100)
