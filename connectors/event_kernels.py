@@ -32,6 +32,7 @@ __all__ = [
     "evt3",
     "evt21",
     "five_bytes",
+    "in_bounds",
     "run_of",
     "screen",
 ]
@@ -322,3 +323,20 @@ def run_of(t: Any, start: Any, low: Any, high: Any, room: Any) -> Any:
         falls = falls or (end > start and t[end] < t[end - 1])
         end += 1
     return end, falls
+
+
+@kernel
+def in_bounds(t: Any, x: Any, y: Any, start: Any, end: Any, width: Any, height: Any) -> Any:
+    """Whether the times of at least one event ascend from `start` to `end`, and x and y lie below their sides.
+
+    A loop a question, each without a way out: the compiler makes vectors of them.
+    """
+    falls: Any = 0
+    for i in range(1, t.shape[0]):
+        falls += t[i] < t[i - 1]
+    right, below = x[0], y[0]
+    for i in range(x.shape[0]):
+        right = max(right, x[i])
+    for i in range(y.shape[0]):
+        below = max(below, y[i])
+    return falls == 0 and t[0] >= start and t[-1] <= end and right < width and below < height

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from stepstream.connectors import event_kernels as kernels
 from stepstream.connectors.base import InputError
 from stepstream.connectors.records import EventSlice
 
@@ -36,7 +37,10 @@ MAX_SIDE = 16_384
 MAX_COUNTER = 2**63 - 1
 """Largest sequence number and boot id."""
 
-_COLUMNS = {"t_us": np.int64, "x": np.uint16, "y": np.uint16, "polarity": np.bool_}
+_COLUMNS = tuple(
+    (name, np.dtype(kind))
+    for name, kind in (("t_us", np.int64), ("x", np.uint16), ("y", np.uint16), ("polarity", np.bool_))
+)
 
 
 def _number_fault(name: str, value: object, low: int, high: int) -> str | None:
@@ -67,24 +71,29 @@ def slice_fault(events: EventSlice) -> str | None:
     fault = _numbers_fault(events)
     if fault is not None:
         return fault
-    count = len(events.t_us) if np.ndim(events.t_us) == 1 else -1
-    for name, dtype in _COLUMNS.items():
+    t, x, y = events.t_us, events.x, events.y
+    count = len(t) if np.ndim(t) == 1 else -1
+    for name, dtype in _COLUMNS:
         column = getattr(events, name)
         if not isinstance(column, np.ndarray) or column.dtype != dtype or column.shape != (count,):
             found = f"{column.dtype} {list(column.shape)}" if isinstance(column, np.ndarray) else type(column).__name__
-            return f"{name}: expected {np.dtype(dtype)} [{max(count, 0)}], got {found}"
+            return f"{name}: expected {dtype} [{max(count, 0)}], got {found}"
     if count > MAX_SLICE_EVENTS:
         return f"t_us: expected at most {MAX_SLICE_EVENTS} events, got {count}"
-    if count == 0:
+    if count == 0 or kernels.in_bounds(t, x, y, events.start_us, events.end_us, events.width, events.height):
         return None
-    if events.t_us[0] < events.start_us or events.t_us[-1] > events.end_us:
-        return (
-            f"t_us: expected {events.start_us} (start_us) to {events.end_us} (end_us), "
-            f"got {events.t_us[0]} to {events.t_us[-1]}"
-        )
-    if count > 1 and (events.t_us[1:] < events.t_us[:-1]).any():
-        at = int(np.argmax(events.t_us[1:] < events.t_us[:-1]))
-        return f"t_us: expected ascending times, got {events.t_us[at + 1]} after {events.t_us[at]} at {at + 1}"
+    return _events_fault(events)
+
+
+def _events_fault(events: EventSlice) -> str | None:
+    """What is wrong with the columns of a slice that has events."""
+    t = events.t_us
+    if t[0] < events.start_us or t[-1] > events.end_us:
+        return f"t_us: expected {events.start_us} (start_us) to {events.end_us} (end_us), got {t[0]} to {t[-1]}"
+    falls = t[1:] < t[:-1]
+    if falls.any():
+        at = int(np.argmax(falls))
+        return f"t_us: expected ascending times, got {t[at + 1]} after {t[at]} at {at + 1}"
     for name, side in (("x", events.width), ("y", events.height)):
         largest = int(getattr(events, name).max())
         if largest >= side:

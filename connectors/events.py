@@ -38,13 +38,15 @@ class EventOptions(base.Options):
     """What a user may say about an event recording.
 
     `slice_us`: length of a slice, 1 to 10 ms. `width`, `height`: of the sensor, where the file does not say or is
-    wrong. `name`: instead of the one made from the file's name.
+    wrong. `name`: instead of the one made from the file's name. `topic`: which one of several cameras, in formats that
+    hold more than one (ROS: the topic, AEDAT4: the stream's number); else the first one, or the one with most messages.
     """
 
     slice_us: int = Field(default=1000, ge=1000, le=MAX_SLICE_US)
     width: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     height: int | None = Field(default=None, ge=1, le=MAX_SIDE)
     name: str | None = None
+    topic: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +242,9 @@ class EventRecording:
             "bad_lines": "lines are not `t x y p` and are left out",
             "cut_bytes": "bytes at the end are the beginning of a word: the file is cut off",
             "damaged": "packets are damaged and left out",
+            "unreadable_bytes": "bytes stand behind a damaged head of a packet and are left out",
+            "lost_packets": "packets are missing by their numbers: what came before the next row word is left out",
+            "resized": "packets are of a sensor of another size and are left out",
             "backwards": "events are earlier than the one before them",
             "late": f"events come less than {RESTART_US // 1000} ms too late for their slice: replay leaves them out",
             "reordered": "slices had events out of order, which were put in order",

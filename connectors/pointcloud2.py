@@ -1,19 +1,17 @@
 """sensor_msgs/msg/PointCloud2 as a ROS 2 middleware writes it (CDR), read without ROS and without trusting its sizes.
 
-Source: https://docs.ros.org/en/rolling/p/sensor_msgs/msg/PointCloud2.html (PointField: INT8 = 1 .. FLOAT64 = 8) and the
-plain CDR encoding of OMG DDS-XTypes 1.3, 7.4.1: four bytes that name the encoding (0 0: big endian, 0 1: little), then
-every number at a multiple of its size, counted behind those four; texts and lists with their length before them.
+Source: https://docs.ros.org/en/rolling/p/sensor_msgs/msg/PointCloud2.html (PointField: INT8 = 1 .. FLOAT64 = 8).
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stepstream.connectors.base import InputError
+from stepstream.connectors.cdr import CdrReader, read_stamp
 from stepstream.connectors.point_fields import sweep_of_fields
 from stepstream.connectors.records import Sweep
 from stepstream.connectors.sweep_checks import MAX_FRAME_CHARACTERS, MAX_POINTS
@@ -28,54 +26,12 @@ _MAX_POINT_BYTES = 512
 _KINDS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 8: "f8"}
 
 
-class _Reader:
-    """Numbers and texts of a CDR body, one after the other."""
-
-    def __init__(self, body: bytes) -> None:
-        if len(body) < 4 or body[0] != 0 or body[1] not in (0, 1):
-            raise InputError(f"expected a plain CDR message (0 0 or 0 1 first), got {body[:4].hex(' ')}")
-        self.order = "<" if body[1] else ">"
-        self._body = memoryview(body)[4:]
-        self._at = 0
-
-    def number(self, kind: str, name: str) -> int:
-        size = struct.calcsize(kind)
-        at = -(-self._at // size) * size
-        if at + size > len(self._body):
-            raise InputError(f"{name}: the message ends before it: cut off?")
-        self._at = at + size
-        found: int = struct.unpack_from(self.order + kind, self._body, at)[0]
-        return found
-
-    def take(self, length: int, limit: int, name: str) -> memoryview:
-        if length > limit:
-            raise InputError(f"{name}: {length} bytes, at most {limit} are read")
-        if self._at + length > len(self._body):
-            raise InputError(f"{name}: {length} bytes are declared, there are {len(self._body) - self._at}: cut off?")
-        self._at += length
-        return self._body[self._at - length : self._at]
-
-    def text(self, name: str, limit: int) -> str:
-        raw = bytes(self.take(self.number("I", name), limit + 1, name))
-        try:
-            return raw.removesuffix(b"\0").decode("utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{name}: expected text in UTF-8, got {raw[:20]!r}") from None
-
-
-def _stamp(reader: _Reader) -> int:
-    seconds, fraction = reader.number("i", "header.stamp.sec"), reader.number("I", "header.stamp.nanosec")
-    if fraction >= 10**9:
-        raise InputError(f"header.stamp.nanosec: expected less than 1000000000, got {fraction}")
-    return seconds * 10**9 + fraction
-
-
 def stamp_ns(head: bytes) -> int:
     """Event time in ns of a message of which at least the first 12 bytes are there. Raises InputError."""
-    return _stamp(_Reader(head))
+    return read_stamp(CdrReader(head))
 
 
-def _fields(reader: _Reader, step_limit: int) -> list[tuple[str, int, int]]:
+def _fields(reader: CdrReader, step_limit: int) -> list[tuple[str, int, int]]:
     """(Name, where in a point, kind) of each field."""
     count = reader.number("I", "fields")
     if count > _MAX_FIELDS:
@@ -97,8 +53,8 @@ def read_point_cloud(body: bytes) -> Sweep:
     """The sweep of a message; its event time is that of `stamp_ns`. `frame` is the header's frame_id, without a leading
     slash ("lidar" if it is empty). Raises InputError naming the field and what was expected.
     """
-    reader = _Reader(body)
-    time_ns = _stamp(reader)
+    reader = CdrReader(body)
+    time_ns = read_stamp(reader)
     frame = reader.text("header.frame_id", MAX_FRAME_CHARACTERS).lstrip("/") or "lidar"
     height, width = reader.number("I", "height"), reader.number("I", "width")
     if height * width > MAX_POINTS:

@@ -52,7 +52,7 @@ _ONLY = {
     "traffic": ("sensors", "graph", "zero_is_missing", "feature", "recording_start", "step_s"),
     "graph": ("order", "time_unit", "separate_ids"),
     "lidar": ("rate_hz", "poses", "frame", "topic"),
-    "events": ("slice_us",),
+    "events": ("slice_us", "topic"),
 }
 
 
@@ -107,7 +107,7 @@ class Replay(base.Source):
         (excluded): ISO 8601. `format`: instead of finding it from the content. Traffic: `sensors`: only these, in this
         order; `graph`, `zero_is_missing`, `feature`, `recording_start`, `step_s`: see TrafficOptions. A graph: `order`;
         `time_unit`, `separate_ids`: see InteractionOptions. LiDAR: `rate_hz`, `poses`, `frame`, `topic`: see
-        SweepOptions. Events: `slice_us`, see EventOptions.
+        SweepOptions. Events: `slice_us`, `topic`, see EventOptions.
         """
 
         path: Path | None = None
@@ -202,7 +202,7 @@ class Replay(base.Source):
         fields = type(self.options).model_fields
         for other, names in _ONLY.items():
             for name in names:
-                if other != modality and getattr(self.options, name) != fields[name].default:
+                if name not in _ONLY[modality] and getattr(self.options, name) != fields[name].default:
                     raise InputError(f"{name}: is for {other} recordings, and {where} is {_a(modality)} recording")
         if self.options.emit is not None and self.options.emit not in _EMITS[modality]:
             expected = " or ".join(_EMITS[modality])

@@ -13,12 +13,21 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from stepstream.connectors.event_frames import EventFrame
-from stepstream.connectors.event_slices import slice_fault
 from stepstream.connectors.records import EventSlice, Record
 from stepstream.operators import base
-from stepstream.operators.accumulate_kernels import NEVER, add_counts, add_last, add_polarity, add_voxels, decay
+from stepstream.operators.accumulate_kernels import (
+    NEVER,
+    add_counts,
+    add_last,
+    add_polarity,
+    add_voxels,
+    decay,
+    take_counts,
+)
 from stepstream.operators.base import Context, Operator, State
 from stepstream.operators.durations import Duration, format_duration, to_ns
+from stepstream.operators.event_order import judge
+from stepstream.operators.recycled import Recycled
 
 __all__ = ["Accumulate"]
 
@@ -97,6 +106,7 @@ class Accumulate(Operator):
         # A voxel grid of what is not over yet (a count) or of moving bins (a sliding window) waits for its events.
         self._waits = options.kind == "voxel" and (not self._every or self._steps > 1)
         self._states: dict[str, _KeyState] = {}
+        self._memory = Recycled()
 
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:
         out: list[Record] = []
@@ -111,26 +121,11 @@ class Accumulate(Operator):
     def _state_for(self, record: Record, context: Context) -> _KeyState | None:
         """The state that a slice goes on, or None if it is not to be used."""
         events: EventSlice = record.value
-        fault = slice_fault(events)
-        if fault is not None:
-            context.dead_letter(record, fault)
-            return None
         state = self._states.get(record.key)
-        if state is not None and events.boot_id != state.boot:
-            context.count("restart")
-            state = None
-        elif state is not None and events.sequence <= state.sequence:
-            context.count("duplicate")
+        verdict = judge(record, state, context)
+        if verdict == "skip":
             return None
-        elif state is not None and (events.width, events.height) != (state.width, state.height):
-            context.count("resized")
-            state = None
-        elif state is not None and events.start_us < state.newest:
-            context.dead_letter(record, f"start_us: expected at least {state.newest}, got {events.start_us}")
-            return None
-        elif state is not None and events.sequence > state.sequence + 1:
-            context.count("lost", events.sequence - state.sequence - 1)
-        if state is None:
+        if state is None or verdict == "fresh":
             state = self._states[record.key] = _KeyState(events)
             self._begin(state, events.start_us)
         state.sequence = events.sequence
@@ -151,7 +146,7 @@ class Accumulate(Operator):
             return np.zeros((2, *side), np.int32)
         if self.options.kind == "surface":
             return np.full((2, *side), NEVER, np.int64)
-        return np.zeros((0 if self._waits else self.options.bins, *side), np.float32)
+        return self._memory.zeros((0 if self._waits else self.options.bins, *side), np.float32)
 
     def _add(self, state: _KeyState, events: EventSlice, start: int, end: int) -> None:
         """Takes the events from `start` to `end` of a slice into the open window."""
@@ -204,8 +199,7 @@ class Accumulate(Operator):
         elif self.options.kind == "surface":
             values = self._surface(state.grid, high)
         elif self._steps == 1:
-            values = state.grid.astype(np.float32)
-            state.grid.fill(0)
+            values = self._take(state)
         else:
             state.total += state.grid
             values = state.total.astype(np.float32)
@@ -239,16 +233,24 @@ class Accumulate(Operator):
                 elif self.options.kind == "surface":
                     values = self._surface(state.grid, last)
                 else:
-                    values = state.grid.astype(np.float32)
-                    state.grid.fill(0)
+                    values = self._take(state)
                 values.setflags(write=False)
                 frames.append(EventFrame(values, self.options.kind, state.low, last, state.count, state.boot))
                 state.count = 0
         state.newest = events.end_us
         return frames
 
+    def _take(self, state: _KeyState) -> Grid:
+        """What the open window has counted; it goes on from zeros."""
+        if self.options.kind == "voxel":  # float32 already: given away as it is
+            values, state.grid = state.grid, self._empty(state)
+            return values
+        values = self._memory.empty(state.grid.shape, np.float32)
+        take_counts(state.grid, values)
+        return values
+
     def _voxels(self, state: _KeyState, start: int, duration: int) -> Grid:
-        values = np.zeros((self.options.bins, state.height, state.width), np.float32)
+        values = self._memory.zeros((self.options.bins, state.height, state.width), np.float32)
         scale = (self.options.bins - 1) / duration if duration else 0.0
         for pieces in state.pieces:
             for piece in pieces:
@@ -256,7 +258,7 @@ class Accumulate(Operator):
         return values
 
     def _surface(self, last: Grid, now: int) -> Grid:
-        values = np.empty(last.shape, np.float32)
+        values = self._memory.empty(last.shape, np.float32)
         decay(last, now, self._tau, values)
         return values
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from stepstream.connectors.event_kernels import kernel
 
-__all__ = ["NEVER", "add_counts", "add_last", "add_polarity", "add_voxels", "decay"]
+__all__ = ["NEVER", "add_counts", "add_last", "add_polarity", "add_voxels", "decay", "take_counts"]
 
 NEVER = np.iinfo(np.int64).min
 """The time of a pixel that had no event."""
@@ -60,3 +60,12 @@ def decay(last: Any, now: Any, tau: Any, values: Any) -> None:
     times, out = last.reshape(-1), values.reshape(-1)
     for i in range(times.shape[0]):
         out[i] = 0.0 if times[i] == NEVER else math.exp(-float(now - times[i]) / tau)
+
+
+@kernel
+def take_counts(grid: Any, values: Any) -> None:
+    """Moves `grid` (int32) to `values` (float32, of the same shape) and leaves zeros, in one pass."""
+    counts, out = grid.reshape(-1), values.reshape(-1)
+    for i in range(counts.shape[0]):
+        out[i] = counts[i]
+        counts[i] = 0

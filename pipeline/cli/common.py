@@ -29,6 +29,7 @@ __all__ = [
     "JsonOption",
     "PosesOption",
     "RateHzOption",
+    "SliceUsOption",
     "TimeUnitOption",
     "TopicOption",
     "WrongUse",
@@ -41,6 +42,7 @@ __all__ = [
     "number",
     "options_from",
     "progress_console",
+    "slice_option",
     "sweep_options",
     "time_unit_option",
     "use_current_folder",
@@ -71,7 +73,11 @@ PosesOption = Annotated[
 ]
 TopicOption = Annotated[
     str | None,
-    typer.Option("--topic", help="LiDAR: of a bag that has several.", show_default="the one with most messages"),
+    typer.Option("--topic", help="Of a bag that has several.", show_default="the one with most messages"),
+]
+SliceUsOption = Annotated[
+    int | None,
+    typer.Option("--slice-us", help="Events: microseconds of a slice, 1000 to 10000.", show_default="1000"),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of an error.")]
 
@@ -130,6 +136,15 @@ def sweep_options(rate_hz: float | None, poses: Path | None, topic: str | None) 
         raise WrongUse(f"--rate-hz {rate_hz:g}: expected a number above 0, at most 10000")
     given = {"rate_hz": rate_hz, "poses": None if poses is None else str(poses), "topic": topic}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def slice_option(slice_us: int | None) -> dict[str, int]:
+    """`--slice-us` as an option of a reader or of `replay`."""
+    if slice_us is None:
+        return {}
+    if not 1000 <= slice_us <= 10_000:
+        raise WrongUse(f"--slice-us {slice_us}: expected 1000 to 10000")
+    return {"slice_us": slice_us}
 
 
 def _reader_left() -> NoReturn:

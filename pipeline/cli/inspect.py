@@ -13,11 +13,13 @@ from stepstream.pipeline.cli.common import (
     JsonOption,
     PosesOption,
     RateHzOption,
+    SliceUsOption,
     TimeUnitOption,
     TopicOption,
     console,
     emit_json,
     key_values,
+    slice_option,
     sweep_options,
     time_unit_option,
     use_current_folder,
@@ -44,12 +46,14 @@ def inspect(
     rate_hz: RateHzOption = None,
     poses: PosesOption = None,
     topic: TopicOption = None,
+    slice_us: SliceUsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """What a recording holds: its modality and format (found from its content), how much, from when to when."""
     use_current_folder()
-    found, skipped = _summaries(path, form, time_unit_option(time_unit) | sweep_options(rate_hz, poses, topic))
+    own = time_unit_option(time_unit) | sweep_options(rate_hz, poses, topic) | slice_option(slice_us)
+    found, skipped = _summaries(path, form, own)
     if path.is_dir() and not (len(found) == 1 and found[0]["path"] == str(path)):
         if as_json:
             emit_json({"path": str(path), "recordings": found, "skipped": skipped})

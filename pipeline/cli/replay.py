@@ -13,6 +13,7 @@ from stepstream.pipeline.cli.common import (
     JsonOption,
     PosesOption,
     RateHzOption,
+    SliceUsOption,
     TimeUnitOption,
     TopicOption,
     WrongUse,
@@ -20,6 +21,7 @@ from stepstream.pipeline.cli.common import (
     emit_json,
     number,
     options_from,
+    slice_option,
     sweep_options,
     time_unit_option,
     use_current_folder,
@@ -37,6 +39,7 @@ Examples:
   stepstream replay metr_la.npz --to kafka:traffic.frames --emit frames --set security.protocol=SSL
   stepstream replay kitti/velodyne --to sweeps/ --rate 1    writes sweeps/sweeps.jsonl
   stepstream replay drive.mcap --to sweeps/ --topic /lidar_top
+  stepstream replay recording.raw --to slices/ --slice-us 5000    writes slices/event_slices.jsonl
   stepstream replay bitcoin_alpha.csv --to edges/ --sort    writes edges/interactions.jsonl, by time
 """
 
@@ -73,6 +76,7 @@ def replay(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the kafka sink, such as security.protocol=SSL."),
     ] = None,
+    slice_us: SliceUsOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -85,6 +89,7 @@ def replay(
         raise WrongUse(f"--emit {emit}: expected readings, frames, interactions, sweeps or slices")
     own = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
     own |= sweep_options(rate_hz, poses, topic)
+    own |= slice_option(slice_us)
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 

@@ -15,6 +15,9 @@ from stepstream.connectors.base import InputError
 
 __all__ = ["evaluate", "train"]
 
+EVENT_CLASSIFIERS = ("sltt", "convs5-events")
+"""Models of event frames that `event_classifiers` trains."""
+
 T = TypeVar("T")
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -72,6 +75,8 @@ def train(
     fit: Any
     if _task(model) == "graph":
         from stepstream.pipeline.training import graph_fit as fit
+    elif model in EVENT_CLASSIFIERS:
+        from stepstream.pipeline.training import event_classifiers as fit
     else:
         from stepstream.pipeline.training import traffic as fit
     found: dict[str, Any] = fit.train(

@@ -1,16 +1,17 @@
 """How fast events are accumulated in slices of 1 ms at 640 x 480, one thread, beside numpy and torch.
 
-OMP_NUM_THREADS=1 uv run python -m tests.bench.event_accumulate [FOLDER]
+OMP_NUM_THREADS=1 uv run --with tonic python -m tests.bench.event_accumulate [FOLDER]
 
 The events of evt2_sample.raw (../shared/data/event; 10,800 a slice), else made ones. "kernel" only adds, as numpy and
-torch do; "operator" is `accumulate` from records to frames, checks included, with a frame each 10 ms. The voxel grid
-has 10 bins.
+torch do; "tonic" makes a new frame of each slice, if tonic is installed; "operator" is `accumulate` from records to
+frames, checks included, with a frame each 10 ms. The voxel grid has 10 bins.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from stepstream.operators.accumulate import Accumulate
 from stepstream.operators.accumulate_kernels import add_counts, add_voxels
 
 WIDTH, HEIGHT, BINS = 640, 480, 10
+PASSES = 8
 PIXELS = WIDTH * HEIGHT
 
 
@@ -93,22 +95,56 @@ def voxels(slices: list[EventSlice]) -> dict[str, Callable[[], object]]:
     return {"voxel kernel": numba, "voxel numpy bincount": bincount, "voxel torch scatter_add": scatter}
 
 
+def with_tonic(slices: list[EventSlice]) -> dict[str, Callable[[], object]]:
+    """A frame and a voxel grid of each slice by tonic, which has no others than those of whole pieces of a stream."""
+    try:
+        from tonic.functional import to_frame_numpy, to_voxel_grid_numpy
+    except ImportError:
+        return {}
+    kind = np.dtype([("x", np.int16), ("y", np.int16), ("p", np.int64), ("t", np.int64)])
+    pieces = [np.zeros(len(s.t_us), kind) for s in slices if len(s.t_us)]
+    for piece, s in zip(pieces, (s for s in slices if len(s.t_us)), strict=True):
+        piece["x"], piece["y"], piece["p"], piece["t"] = s.x, s.y, s.polarity, s.t_us
+    size = (WIDTH, HEIGHT, 2)
+
+    def counts() -> None:
+        for piece in pieces:
+            to_frame_numpy(piece, size, n_time_bins=1)
+
+    def grids() -> None:
+        for piece in pieces:
+            to_voxel_grid_numpy(piece, size, BINS)
+
+    return {"polarity tonic": counts, "voxel tonic": grids}
+
+
 def operators(slices: list[EventSlice]) -> dict[str, Callable[[], object]]:
     records = [Record("c", s.start_us * 1000, s, Origin("c", 0, i)) for i, s in enumerate(slices)]
 
-    def run(kind: str) -> None:
-        operator = Accumulate(Accumulate.Options.model_validate({"kind": kind, "every": "10ms", "bins": BINS}))
+    def run(operator: Accumulate, context: RecordingContext) -> None:
+        operator.drop("c")
         for record in records:
-            operator.process([record], RecordingContext())
+            operator.process([record], context)
 
-    return {f"{kind} operator": lambda kind=kind: run(kind) for kind in ("count", "polarity", "voxel", "surface")}
+    made = {
+        kind: Accumulate(Accumulate.Options.model_validate({"kind": kind, "every": "10ms", "bins": BINS}))
+        for kind in ("count", "polarity", "voxel", "surface")
+    }
+    return {f"{kind} operator": partial(run, operator, RecordingContext()) for kind, operator in made.items()}
+
+
+def repeated(call: Callable[[], object]) -> None:
+    for _ in range(PASSES):
+        call()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     slices, source = slices_of()
     count = sum(len(s.t_us) for s in slices)
-    seconds = cpu_seconds(counting(slices) | voxels(slices) | operators(slices), rounds=9, warmup=2)
+    seconds = cpu_seconds(
+        counting(slices) | voxels(slices) | with_tonic(slices) | operators(slices), rounds=9, warmup=2
+    )
     rates = {name: round(count / taken / 1e6, 1) for name, taken in seconds.items()}
     about = {"source": source, "events": count, "slices": len(slices), "unit": "million events a second of CPU time"}
     report("event_accumulate", rates | about)

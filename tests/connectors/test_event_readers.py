@@ -165,23 +165,41 @@ def test_noise_is_decoded_without_a_crash(name: str, body: bytes) -> None:
     assert found.polarity.max(initial=0) <= 1
 
 
-@settings(max_examples=30)
-@given(st.sampled_from(sorted(FORMATS)), st.integers(0, 2**31), st.binary(max_size=40), st.booleans())
+@pytest.fixture(scope="module")
+def dsec(tmp_path_factory: Any) -> bytes:
+    path = tmp_path_factory.mktemp("dsec") / "x.h5"
+    files.write_dsec(path, tuple(column[:200] for column in WIDE), 0)  # type: ignore[arg-type]
+    return path.read_bytes()
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([*sorted(FORMATS), "dsec-h5"]),
+    st.integers(0, 2**31),
+    st.binary(max_size=40),
+    st.sampled_from(["ends", "more", "flipped"]),
+)
 def test_a_damaged_file_is_read_as_far_as_is_right(
-    tmp_path_factory: Any, name: str, at: int, noise: bytes, ends: bool
+    tmp_path_factory: Any, dsec: bytes, name: str, at: int, noise: bytes, how: str
 ) -> None:
-    make, expected, _, _ = FORMATS[name]
-    body = make(tuple(column[:200] for column in expected))  # type: ignore[arg-type]
+    if name == "dsec-h5":
+        body = dsec
+    else:
+        make, expected, _, _ = FORMATS[name]
+        body = make(tuple(column[:200] for column in expected))  # type: ignore[arg-type]
     at %= len(body)
+    tail = {"ends": b"", "more": body[at:], "flipped": body[at + len(noise) :]}[how]
+    if how == "flipped":
+        noise = bytes(a ^ b for a, b in zip(noise, body[at:], strict=False))
     path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(body[:at] + noise + (b"" if ends else body[at:]))
+    path.write_bytes(body[:at] + noise + tail)
     try:
         recording = open_recording(path, name)
+        kept = played(recording)
     except InputError as error:
         if str(path) not in str(error):
             raise
         return
-    kept = played(recording)
     assert len(kept[0]) + recording.counts["late"] == recording.events
     assert all(
         (column < side).all() for column, side in zip(kept[1:3], (recording.width, recording.height), strict=True)

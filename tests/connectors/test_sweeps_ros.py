@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstream.connectors import sweeps_ros
+from stepstream.connectors import ros_bags
 from stepstream.connectors.base import InputError
 from stepstream.connectors.pointcloud2 import TYPE, read_point_cloud, stamp_ns
 from stepstream.connectors.recording import find_reader, open_recording
@@ -232,7 +232,7 @@ def test_a_truncated_bag_is_refused(tmp_path: Path) -> None:
 
 def test_without_the_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = mcap_file(tmp_path / "a.mcap", MESSAGES)
-    monkeypatch.setattr(sweeps_ros, "find_spec", lambda name: None)
+    monkeypatch.setattr(ros_bags, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"MCAP files need the package mcap: pip install 'stepstream\[ros\]'"):
         open_recording(path)
 
