@@ -87,7 +87,7 @@ def replay(
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
     if emit not in (None, "readings", "frames", "interactions", "sweeps", "slices"):
         raise WrongUse(f"--emit {emit}: expected readings, frames, interactions, sweeps or slices")
-    own = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
+    own: dict[str, Any] = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
     own |= sweep_options(rate_hz, poses, topic)
     own |= slice_option(slice_us)
     from stepstream.pipeline.publish import publish
