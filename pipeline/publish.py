@@ -38,14 +38,14 @@ def publish(
     kafka: Mapping[str, Any] | None = None,
     stop: threading.Event | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
-    graph: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Replays a recording to a folder (its `readings.jsonl`, `interactions.jsonl`, `sweeps.jsonl` or
     `event_slices.jsonl`, replaced if there), to stdout for "-", or to kafka:TOPIC.
 
     `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
     of a moment, interactions, sweeps or slices; None: what the recording holds. `kafka`: the options of a kafka sink
-    besides `topic`. `graph`: options of `Replay` that are for edge lists only (order, time_unit).
+    besides `topic`. `more`: other options of `Replay` (key; for edge lists order, time_unit).
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts; what the
     recording has but cannot be read is left out, and counted `unreadable` with the first reason. Raises
@@ -53,7 +53,7 @@ def publish(
     OutputError for one that cannot be written: whole lines stay there.
     """
     options = {"path": str(path), "speed": "max" if speed is None else speed, "format": form, "emit": emit}
-    source = Replay(Replay.Options.model_validate(options | dict(graph or {})))
+    source = Replay(Replay.Options.model_validate(options | dict(more or {})))
     file = next((_FILES[kind] for kind in Replay.emits(source.options) if kind in _FILES), "readings.jsonl")
     stop = threading.Event() if stop is None else stop
     started = time.monotonic()

@@ -54,6 +54,10 @@ def replay(
             show_default="readings; interactions of a graph; sweeps of a LiDAR; slices of events",
         ),
     ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="Of all records: which network, graph, vehicle, camera.", show_default="its name"),
+    ] = None,
     in_time_order: Annotated[
         bool, typer.Option("--sort", help="Interactions by time, not in the order of the file.")
     ] = False,
@@ -75,12 +79,16 @@ def replay(
         raise WrongUse("--json: the readings themselves go to stdout with --to -")
     if emit not in (None, "readings", "frames", "interactions", "sweeps", "slices"):
         raise WrongUse(f"--emit {emit}: expected readings, frames, interactions, sweeps or slices")
-    graph = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
+    more = (
+        ({"order": "time"} if in_time_order else {})
+        | time_unit_option(time_unit)
+        | ({} if key is None else {"key": key})
+    )
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 
     with stop_on_signals() as stop, record_progress(f"replay {path.name}") as update:
-        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update, graph)
+        summary = publish(path, to, speed, form, emit, kafka_options(servers, settings or []), stop, update, more)
     if as_json:
         emit_json(summary)
     else:
