@@ -153,6 +153,13 @@ class Reader(threading.Thread):
         self.forecasts = 0
         self._next: dict[TopicPartition, int] = {}
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def run(self) -> None:
         consumer = None
         while not self._ended.is_set():
@@ -197,7 +204,7 @@ class Reader(threading.Thread):
         )
         self.forecasts += message.topic == "traffic.forecasts"
 
-    def wait_more(self, forecasts: int, timeout_s: float = 120) -> float:
+    def wait_more(self, forecasts: int, timeout_s: float = 300) -> float:
         """Until so many more have come; seconds."""
         wanted = self.forecasts + forecasts
         return wait_until(f"{forecasts} more forecasts", lambda: self.forecasts >= wanted, timeout_s)
@@ -274,7 +281,7 @@ def undisturbed(stack: Stack, log: list[Record]) -> dict[str, tuple[bytes, bytes
     return outputs
 
 
-def judge(stack: Stack, reader: Reader, timeout_s: float = 180) -> Verdict:
+def judge(stack: Stack, reader: Reader, timeout_s: float = 300) -> Verdict:
     """Waits until all that the log leads to is there, then a moment for what should not come. The input has ended."""
     log = input_log(stack)
     wanted = undisturbed(stack, log)

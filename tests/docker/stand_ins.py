@@ -50,10 +50,21 @@ for name in $(compgen -e KAFKA_); do
   printf '%s=%s\n' "$key" "${!name}"
 done > /tmp/server.properties
 cd /tmp
-quick='-XX:+UseSerialGC -XX:TieredStopAtLevel=1 -cp /opt/kafka/libs/*'
+export CLASSPATH='/opt/kafka/libs/*'
+quick='-XX:+UseSerialGC -XX:TieredStopAtLevel=1'
 [ -e "${KAFKA_LOG_DIRS}/meta.properties" ] ||
   java $quick kafka.tools.StorageTool format -t "${CLUSTER_ID}" -c /tmp/server.properties
 exec java ${KAFKA_HEAP_OPTS:--Xmx1g} $quick kafka.Kafka /tmp/server.properties
+"""
+# Busybox's, as far as a health check uses it: wget -q -O /dev/null http://HOST:PORT/PATH
+_WGET = r"""#!/bin/bash
+address=${!#}
+address=${address#http://}
+host=${address%%/*}
+exec 3<>"/dev/tcp/${host%:*}/${host#*:}" || exit 1
+printf 'GET /%s HTTP/1.0\r\nHost: %s\r\n\r\n' "${address#*/}" "$host" >&3
+read -r _ status _ <&3
+[ "$status" = 200 ]
 """
 _DOCKERFILES = {
     "python": f"""
@@ -78,7 +89,7 @@ CMD ["/etc/kafka/docker/run"]
 """,
     "prometheus": f"""
 FROM {_BASE}
-COPY prometheus promtool /bin/
+COPY prometheus promtool wget /bin/
 RUN install -d -o 65534 -g 65534 /prometheus
 WORKDIR /prometheus
 VOLUME ["/prometheus"]
@@ -236,6 +247,8 @@ def _prometheus(context: Path) -> str | None:
         if program is None:
             return f"no {name} on this machine (Debian: prometheus)"
         shutil.copy2(program, context / name)
+    (context / "wget").write_text(_WGET)
+    (context / "wget").chmod(0o755)
     return None
 
 

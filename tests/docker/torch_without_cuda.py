@@ -27,7 +27,7 @@ from engine import CACHE
 __all__ = ["cpu_wheel", "index_of"]
 
 _DROPPED = ("libcaffe2_nvrtc.so", "libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so")
-_LEFT_OUT = re.compile(r"torch/(include|share|test|bin/protoc)")
+_LEFT_OUT = re.compile(r"torch/((include|share|test)/|bin/protoc)")
 _PORT = 18_943  # the same each time if it is free: the address is part of what a build's cache goes by
 _NO_DEVICE = 100  # cudaErrorNoDevice
 _ANSWER = {"libtorch_cuda.so": "lea zeros(%rip),%rax"}
