@@ -24,7 +24,7 @@ _VARIABLE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<def
 _PARTS = ("NAME", "SOURCE", "OPERATORS", "SINK", "ENGINE")
 _ENVIRONMENT = re.compile(rf"STEPSTREAM_({'|'.join(_PARTS)})(?:__(.+))?")
 # Kubernetes tells every container of a service called stepstream about it in such variables.
-_NOT_OURS = re.compile(r"STEPSTREAM_(SERVICE|PORT)(_.*)?")
+_NOT_OURS = re.compile(r"STEPSTREAM_((SERVICE|PORT)(_.*)?|METRICS_HOST)")
 _LOG = get_logger(__name__)
 
 

@@ -52,6 +52,15 @@ def run(
     metrics_port: Annotated[
         int | None, typer.Option("--metrics-port", min=0, max=65535, help="Serve Prometheus metrics on this port.")
     ] = None,
+    metrics_host: Annotated[
+        str,
+        typer.Option(
+            "--metrics-host",
+            metavar="ADDRESS",
+            envvar="STEPSTREAM_METRICS_HOST",
+            help="On this address; 0.0.0.0 in a container.",
+        ),
+    ] = "127.0.0.1",
     log_level: Annotated[str, typer.Option("--log", help="debug, info, warning or error.")] = "warning",
     log_json: Annotated[bool, typer.Option("--log-json", help="Logs as JSON lines.")] = False,
     as_json: JsonOption = False,
@@ -68,7 +77,7 @@ def run(
     try:
         # Before what takes long to import: a stop that comes in the meantime is one as well.
         with leave_on_signals() as begin:
-            _run(file, settings or [], metrics_port, (log_level, log_json), as_json, begin)
+            _run(file, settings or [], (metrics_port, metrics_host), (log_level, log_json), as_json, begin)
     except StoppedEarly:
         if as_json:
             emit_json({"started": False, "ended": False, "stopped": True})
@@ -79,7 +88,7 @@ def run(
 def _run(
     file: Path,
     settings: list[str],
-    metrics_port: int | None,
+    metrics_at: tuple[int | None, str],
     log: tuple[str, bool],
     as_json: bool,
     begin: Callable[[], None],
@@ -99,7 +108,8 @@ def _run(
     built = pipeline.build()
     with stop_on_signals() as stop, record_progress(pipeline.name) as on_progress:
         begin()
-        stop_serving = None if metrics_port is None else _serve(built.task.metrics, metrics_port)
+        port, host = metrics_at
+        stop_serving = None if port is None else _serve(built.task.metrics, port, host)
         try:
             result = built.run(stop, on_progress, scores.see)
         finally:
@@ -115,12 +125,12 @@ def _run(
         show(summary, console(stderr=to_stdout))
 
 
-def _serve(metrics: Metrics, port: int) -> Callable[[], None]:
+def _serve(metrics: Metrics, port: int, host: str) -> Callable[[], None]:
     """Serves the metrics; what ends that. Raises InputError if the port is taken."""
     from stepstream.connectors.base import InputError
 
     try:
-        return metrics.serve(port)[1]
+        return metrics.serve(port, host)[1]
     except OSError as error:
         raise InputError(f"--metrics-port {port}: {error.strerror}; expected a free port, or 0 for any") from error
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from engine import Engine
     from stack import Reader, Stack
 
-RATE = 1200  # frames of five minutes: four a second, for each network
+RATE = 600  # frames of five minutes: two a second, for each network
 SERVICES = ("kafka", "topics", "worker", "prometheus")
 
 
