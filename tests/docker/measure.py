@@ -129,7 +129,8 @@ def measure_scaling(engine: Engine, frames: int, counts: list[int]) -> dict[str,
             reader = Reader(stack, ("traffic.forecasts",))
             reader.start()
             stack.scale(workers)
-            reader.wait_more(8 * frames, 1800)
+            # The last frames of each wait for later ones: nobody knows yet that they are whole.
+            wait_until("the backlog's end", lambda r=reader: r.forecasts >= 8 * (frames - 5), 1800)
             # From when all of them had work to the end: starting is another figure.
             at = [output.at for output in reader.outputs]
             half = at[len(at) // 2 :]

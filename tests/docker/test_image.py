@@ -14,6 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from engine import Engine
 
+pytestmark = pytest.mark.timeout(1800)  # the first one builds the image
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCKED_DOWN = (
     *("--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp"),
