@@ -45,8 +45,7 @@ def publish(
 
     `form`: the recording's format; None: found from its content. `emit`: readings, or frames, which hold all readings
     of a moment, interactions, sweeps or slices; None: what the recording holds. `kafka`: the options of a kafka sink
-    besides `topic`. `own`: options of `Replay` that are for one modality (order, time_unit; rate_hz, poses; slice_us;
-    topic).
+    besides `topic`. `own`: other options of `Replay` (key; order, time_unit; rate_hz, poses; slice_us; topic).
     `speed`: how many times faster than it was recorded; None: as fast as it goes. Lines are JSON records that the
     sources `jsonl` and `stdin` read; every poll is flushed, so that a reader can follow. Returns the counts; what the
     recording has but cannot be read is left out, and counted `unreadable` with the first reason. Raises

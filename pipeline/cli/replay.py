@@ -62,6 +62,10 @@ def replay(
             show_default="readings; interactions of a graph; sweeps of a LiDAR; slices of events",
         ),
     ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", help="Of all records: which network, graph, vehicle, camera.", show_default="its name"),
+    ] = None,
     in_time_order: Annotated[
         bool, typer.Option("--sort", help="Interactions by time, not in the order of the file.")
     ] = False,
@@ -90,6 +94,8 @@ def replay(
     own: dict[str, Any] = ({"order": "time"} if in_time_order else {}) | time_unit_option(time_unit)
     own |= sweep_options(rate_hz, poses, topic)
     own |= slice_option(slice_us)
+    if key is not None:
+        own["key"] = key
     from stepstream.pipeline.publish import publish
     from stepstream.pipeline.signals import stop_on_signals
 

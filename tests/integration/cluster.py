@@ -26,7 +26,7 @@ from typing import Self
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
-__all__ = ["PASSWORD", "USER", "Cluster", "die_with_parent", "unavailable"]
+__all__ = ["PASSWORD", "USER", "Cluster", "die_with_parent", "libraries", "unavailable"]
 
 USER, PASSWORD = "alice", "wonderland-7"
 
@@ -46,24 +46,24 @@ def _java_version() -> int:
     return int(found[1]) if found else 0
 
 
-def _libraries() -> Path:
+def libraries() -> Path:
     """The folder of jars, made at the first call; safe to call from several processes."""
     pom = _POM.read_bytes()
     root = Path(os.environ.get("STEPSTREAM_TEST_CACHE") or Path.home() / ".cache" / "stepstream-tests")
     folder = root / f"kafka-{hashlib.sha256(pom).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    libraries = folder / "libs"
+    jars = folder / "libs"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not libraries.is_dir():
+        if not jars.is_dir():
             half = folder / "half"
             shutil.rmtree(half, ignore_errors=True)
             command = ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies", "-DincludeScope=runtime"]
             subprocess.run(
                 [*command, f"-DoutputDirectory={half}"], check=True, capture_output=True, text=True, timeout=300
             )
-            half.rename(libraries)
-    return libraries
+            half.rename(jars)
+    return jars
 
 
 def unavailable() -> str | None:
@@ -71,7 +71,7 @@ def unavailable() -> str | None:
     if _java_version() < 17:
         return "no Java 17 or later for a Kafka broker"
     try:
-        _libraries()
+        libraries()
     except FileNotFoundError:
         return "no Maven to fetch Kafka's jars with"
     except subprocess.CalledProcessError as error:
@@ -151,11 +151,11 @@ class Cluster:
 
     def start(self, node: int) -> None:
         """Starts a node, with the ports and data that it had."""
-        libraries = _libraries() / "*"
+        jars = libraries() / "*"
         with (self.folder / f"node-{node}.log").open("ab") as log:
             self.processes[node] = _SPAWNER.submit(
                 subprocess.Popen,
-                [*_JAVA, *_BROKER, "-cp", str(libraries), "kafka.Kafka", str(self._properties(node))],
+                [*_JAVA, *_BROKER, "-cp", str(jars), "kafka.Kafka", str(self._properties(node))],
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -256,7 +256,7 @@ class Cluster:
         format_ = ["kafka.tools.StorageTool", "format", "-t", self.id, "-c", str(self._properties(node))]
         if self.secure:
             format_ += ["--add-scram", f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"]
-        subprocess.run([*_JAVA, "-cp", str(_libraries() / "*"), *format_], check=True, capture_output=True, timeout=60)
+        subprocess.run([*_JAVA, "-cp", str(libraries() / "*"), *format_], check=True, capture_output=True, timeout=60)
 
     def _security(self) -> dict[str, str]:
         prefix = "listener.name.sasl_plaintext"

@@ -304,6 +304,14 @@ def test_what_replay_writes_the_jsonl_source_reads_back(here: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
+def test_replay_names_the_network_that_it_plays(here: Path) -> None:
+    lines = call("replay", "speeds.csv", "--to", "-", "--key", "north").stdout.splitlines()
+    assert {json.loads(line)["key"] for line in lines} == {"north"}
+    assert {json.loads(line)["key"] for line in call("replay", "speeds.csv", "--to", "-").stdout.splitlines()} == {
+        "speeds"
+    }
+
+
 def test_replay_to_stdout_keeps_pace(here: Path) -> None:
     lines = call("replay", "speeds.csv", "--to", "-", "--rate", "36000").stdout.splitlines()
     assert json.loads(lines[0]) == {"key": "speeds", "sensor": "a", "time": "2024-01-01T00:00:00Z", "value": 20.5}
