@@ -1,6 +1,6 @@
 """The programs of a one-node Kubernetes and Helm, built from their Go modules into a cache folder.
 
-python -m tests.kubernetes.programs [helm]: builds them (Kubernetes: 5 minutes of CPU; Helm: 75 s), or says why it cannot.
+python -m tests.kubernetes.programs [helm]: builds them (Kubernetes: 5 minutes of CPU; Helm: 75 s), or says why not.
 The folder: `$STEPSTREAM_KUBERNETES_CACHE`, default ~/.cache/stepstream-kubernetes.
 """
 

@@ -74,8 +74,8 @@ def containers(found: Object) -> Iterator[tuple[Object, Object]]:
 
 
 def comparable(text: str) -> dict[tuple[str, str], Object]:
-    """Objects by kind and name, without what only one of the two tools writes: namespace, Helm's labels and checksum, the
-    hash in a ConfigMap's name. A Namespace is no part of a chart.
+    """Objects by kind and name, without what only one of the two tools writes: namespace, Helm's labels and checksum,
+    the hash in a ConfigMap's name. A Namespace is no part of a chart.
     """
     plain = re.sub(r"\b(stepstream-(?:pipeline|settings))-[a-z0-9]{10}\b", r"\1", text)
     result: dict[tuple[str, str], Object] = {}

@@ -41,7 +41,7 @@ def _crd_schema(group: str, version: str, kind: str) -> dict[str, Any] | None:
 
 
 def _strict(schema: Any, top: bool = False) -> Any:
-    """A CRD's schema as JSON Schema that refuses fields it does not name, as the API server does with --validate=strict."""
+    """A CRD's schema as JSON Schema that refuses fields it does not name, as the API server does when strict."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""deploy/kubernetes without a cluster: every overlay renders, is valid in several Kubernetes versions, and is closed."""
+"""deploy/kubernetes without a cluster: every overlay renders, is valid in several Kubernetes versions, is closed."""
 
 from __future__ import annotations
 
