@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("kubernetes", "integration", "faults")]
 
 from kube_cluster import KubeCluster, in_own_namespaces
 from programs import CACHE, KUBERNETES, helm, missing

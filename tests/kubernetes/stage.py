@@ -6,20 +6,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Self
 
+from cluster import Cluster
 from kube_cluster import NODE_IP, STATE, KubeCluster, wait_until
 from observing import PodState, PodWatch, Prober, TimedVerifier
 from rendering import DEPLOY
+from rig import Publisher, Rig, Verdict, frames
 
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("integration", "faults")]
-
-from cluster import Cluster  # noqa: E402
-from rig import Publisher, Rig, Verdict, frames  # noqa: E402
 
 __all__ = ["NAMESPACE", "Stage", "kafka_for_pods"]
 
