@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("kubernetes", "integration", "faults")]
 
-from kube_cluster import KubeCluster, in_own_namespaces
-from programs import CACHE, KUBERNETES, helm, missing
-from rendering import CHART_VALUES, CRDS, DEPLOY, OVERLAYS, kustomized, rendered_chart
+from kube_cluster import KubeCluster, in_own_namespaces  # noqa: E402
+from programs import CACHE, KUBERNETES, helm, missing  # noqa: E402
+from rendering import CHART_VALUES, CRDS, DEPLOY, OVERLAYS, kustomized, rendered_chart  # noqa: E402
 
 PAUSE = "docker.io/local/pause:1"
 NAME = "docker.io/library/stepstream"

@@ -17,7 +17,6 @@ from observing import PodState, PodWatch, Prober, TimedVerifier
 from rendering import DEPLOY
 from rig import Publisher, Rig, Verdict, frames
 
-
 __all__ = ["NAMESPACE", "Stage", "kafka_for_pods"]
 
 NAMESPACE, WORKLOAD = "stepstream", "statefulset/stepstream"
