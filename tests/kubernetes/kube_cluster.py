@@ -119,6 +119,10 @@ class KubeCluster:
         """The names that the node knows."""
         return set(self._ctr("images", "list", "-q").split())
 
+    def contents(self) -> set[str]:
+        """Digests of what the node's content store holds."""
+        return set(self._ctr("content", "list", "-q").split())
+
     def import_image(self, write: Callable[[IO[bytes]], None]) -> None:
         """Imports an archive that `write` writes."""
         process = subprocess.Popen(

@@ -101,8 +101,9 @@ def import_images(cluster: KubeCluster, image: str | None, tar: Path | None) -> 
         return image, second
     names = (f"{NAME}:0.1.0", f"{NAME}:0.1.1")
     made = {name: stand_in(name) for name in names}
+    there = cluster.contents()
     began = time.monotonic()
-    cluster.import_image(lambda out: write_archive(made, out))
+    cluster.import_image(lambda out: write_archive(made, out, there))
     print(f"imported {' and '.join(names)} in {time.monotonic() - began:.1f} s", flush=True)
     return names
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Self
 
+import yaml
 from cluster import Cluster
 from kube_cluster import NODE_IP, STATE, KubeCluster, wait_until
 from observing import PodState, PodWatch, Prober, TimedVerifier
@@ -20,8 +21,8 @@ from rig import Publisher, Rig, Verdict, frames
 __all__ = ["NAMESPACE", "Stage", "kafka_for_pods"]
 
 NAMESPACE, WORKLOAD = "stepstream", "statefulset/stepstream"
-PARTITIONS, RATE = 4, 20.0
-READY_S = 240.0
+PARTITIONS, RATE = 4, 10.0
+READY_S = 300.0
 
 VOLUME = {
     "apiVersion": "v1",
@@ -99,15 +100,19 @@ class Stage:
         """The shipped base with this pipeline and image, server-side."""
         place = self.folder / "overlay"
         place.mkdir(parents=True, exist_ok=True)
-        # A pod's name is its instance, as in the shipped pipeline file.
-        text = self.rig.file.read_text().replace("    max_batch: 64", '    max_batch: 64\n    instance: "${POD_NAME}"')
-        (place / "pipeline.yaml").write_text(text)
+        (place / "pipeline.yaml").write_text(self._pipeline())
         (place / "volume.json").write_text(json.dumps(VOLUME))
         base = os.path.relpath((DEPLOY / "kubernetes" / "base").resolve(), place.resolve())
         name, _, tag = image.rpartition(":")
         content = KUSTOMIZATION.format(namespace=NAMESPACE, base=base, name=name, tag=tag, replicas=replicas)
         (place / "kustomization.yaml").write_text(content)
         return self.cluster.apply(self.cluster.kubectl("kustomize", str(place)))
+
+    def _pipeline(self) -> str:
+        """The fault run's pipeline; the engine as the shipped file has it, with snapshots more often."""
+        pipeline = yaml.safe_load(self.rig.file.read_text())
+        own = {"snapshots": f"{STATE}/rig/snapshots", "snapshot_every_s": 2, "instance": "${POD_NAME}"}
+        return yaml.safe_dump(pipeline | {"engine": {"kafka": own}})
 
     # ---- what phases do and ask
 

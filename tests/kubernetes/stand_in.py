@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -53,8 +53,11 @@ class Image:
         self.config = json.dumps({"architecture": "amd64", "os": "linux", "config": config, "rootfs": rootfs}).encode()
 
 
-def write_archive(images: Mapping[str, Image], out: IO[bytes]) -> None:
-    """Writes an OCI archive, as `ctr images import` takes it; names such as docker.io/library/stepstream:0.1.0."""
+def write_archive(images: Mapping[str, Image], out: IO[bytes], there: Collection[str] = ()) -> None:
+    """Writes an OCI archive, as `ctr images import` takes it; names such as docker.io/library/stepstream:0.1.0.
+
+    `there`: digests (sha256:...) of what the reader has; such layers are left out.
+    """
     manifests: list[dict[str, object]] = []
     blobs: list[bytes] = []
     for name, image in images.items():
@@ -71,6 +74,8 @@ def write_archive(images: Mapping[str, Image], out: IO[bytes]) -> None:
         for content in blobs:
             _add(archive, f"blobs/sha256/{hashlib.sha256(content).hexdigest()}", content)
         for layer in dict.fromkeys(layer for image in images.values() for layer in image.layers):
+            if f"sha256:{layer.stem}" in there:
+                continue
             info = tarfile.TarInfo(f"blobs/sha256/{layer.stem}")
             info.size = layer.stat().st_size
             with layer.open("rb") as content_of_layer:
