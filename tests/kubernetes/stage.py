@@ -47,7 +47,8 @@ configMapGenerator:
 images: [{{name: stepstream, newName: {name}, newTag: "{tag}"}}]
 patches:
   - target: {{kind: PersistentVolumeClaim}}
-    patch: '[{{op: add, path: /spec/storageClassName, value: test}}]'
+    patch: |
+      - {{op: add, path: /spec/storageClassName, value: test}}
   # Three pods and their Kafka share two cores with whatever else this machine does.
   - target: {{kind: StatefulSet}}
     patch: |
