@@ -38,6 +38,7 @@ CHART_VALUES: dict[str, tuple[str, ...]] = {
 CRDS = sorted(Path(__file__).with_name("crds").glob("*.yaml"))
 
 Object = dict[str, Any]
+_AS = ("--kube-version=1.34",)  # a helm that `go install` built takes the cluster for 1.20
 
 
 def kustomized(overlay: str) -> str:
@@ -50,7 +51,7 @@ def rendered_chart(
 ) -> str:
     """The chart with values files of its own, as YAML. Raises RuntimeError with what Helm said."""
     files = [f"--values={CHART / name}" for name in values]
-    return _output([str(helm()), "template", release, str(CHART), "--namespace", namespace, *files, *options])
+    return _output([str(helm()), "template", release, str(CHART), "--namespace", namespace, *_AS, *files, *options])
 
 
 def _output(command: list[str]) -> str:
