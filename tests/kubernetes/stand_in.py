@@ -193,6 +193,10 @@ def _sources() -> Iterator[Entry]:
         for path in sorted((ROOT / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 yield f"{SITE}/stepstream/{path.relative_to(ROOT)}", path
+    # What Debian's tzdata brings: without it not even UTC is a time zone.
+    for path in sorted(Path("/usr/share/zoneinfo").rglob("*")):
+        if path.is_file() and path.relative_to("/usr/share/zoneinfo").parts[0] not in {"posix", "right"}:
+            yield str(path).lstrip("/"), path.resolve()
     for path in sorted(Path(sysconfig.get_path("purelib")).glob("stepstream-*.dist-info/*")):
         if path.is_file() and path.name in {"METADATA", "entry_points.txt", "RECORD"}:
             yield f"{SITE}/{path.parent.name}/{path.name}", path
