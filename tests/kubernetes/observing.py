@@ -42,13 +42,8 @@ class PodWatch(threading.Thread):
 
     def run(self) -> None:
         assert self._process.stdout is not None
-        decoder, text = json.JSONDecoder(), ""
         for line in self._process.stdout:
-            text += line
-            if line.rstrip() != "}":
-                continue
-            event, end = decoder.raw_decode(text)
-            text = text[end:].lstrip()
+            event = json.loads(line)
             self.states.append(_state(event["type"], event["object"]))
 
     def stop(self) -> None:
