@@ -115,17 +115,15 @@ def apply_everything(cluster: KubeCluster) -> dict[str, int]:
         cluster.apply(crd.read_text())
     for crd in cluster.get("crds")["items"]:
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{crd['metadata']['name']}", "--timeout=60s")
-    for namespace in ("kafka", "stepstream", "chart"):
+    charts = {f"chart-{number}": values for number, values in enumerate(CHART_VALUES.values())}
+    for namespace in ("kafka", "stepstream", *charts):
         cluster.apply(json.dumps({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}))
     applied = {overlay: len(cluster.apply(kustomized(overlay))) for overlay in OVERLAYS}
     applied["examples"] = len(cluster.apply((DEPLOY / "kubernetes" / "examples" / "secrets.yaml").read_text()))
-    if helm() is not None:
-        for overlay, values in CHART_VALUES.items():
-            name = f"chart {' '.join(values) or 'values.yaml'}"
-            applied[name] = len(cluster.apply(rendered_chart(*values, namespace="chart"), "-n", "chart"))
-            assert applied[name] > 0, overlay
-    for namespace in ("stepstream", "stepstream-dev", "chart"):
-        cluster.kubectl("delete", "namespace", namespace, "--timeout=120s", timeout_s=150)
+    for namespace, values in charts.items() if helm() is not None else ():
+        rendered = rendered_chart(*values, namespace=namespace)
+        applied[f"chart {' '.join(values) or 'values.yaml'}"] = len(cluster.apply(rendered, "-n", namespace))
+    cluster.kubectl("delete", "namespace", "stepstream", "stepstream-dev", *charts, timeout_s=300)
     print(f"applied: {applied}", flush=True)
     return applied
 
