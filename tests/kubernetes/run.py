@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--image", help="a name of the image in --image-tar")
     parser.add_argument("--image-tar", type=Path, help="what `docker save` wrote")
     parser.add_argument("--only", action="append", help="a phase, or apply (every manifest); come-up is always one")
+    parser.add_argument("--minutes", type=float, default=60, help="no phase is begun after so long")
     parser.add_argument("--out", type=Path, help="a folder that keeps logs and results.json")
     arguments = parser.parse_args()
     if (reason := missing()) is not None:
@@ -39,16 +40,36 @@ def main() -> None:
     in_own_namespaces()
     folder = (arguments.out or Path(tempfile.mkdtemp(prefix="stepstream-kubernetes-"))).resolve()
     print(f"logs and results.json: {folder}", flush=True)
-    results = run(folder, arguments.image, arguments.image_tar, arguments.only)
+    chosen = Chosen(arguments.image, arguments.image_tar, arguments.only, arguments.minutes * 60)
+    results = run(folder, chosen)
     sys.exit(0 if results["exact"] else 1)
 
 
-def run(folder: Path, image: str | None, tar: Path | None, only: list[str] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Chosen:
+    """What the command line says."""
+
+    image: str | None
+    tar: Path | None
+    only: list[str] | None
+    longest_s: float
+
+    def leaves_out(self, phase: str, seconds: float) -> bool:
+        """Whether a phase is not run, so long after the first."""
+        return seconds > self.longest_s or bool(self.only and phase not in ("come-up", *self.only))
+
+
+def run(folder: Path, chosen: Chosen) -> dict[str, Any]:
     """Everything; what was measured, also in results.json."""
     from phases import PHASES
     from stage import NAMESPACE, Stage, kafka_for_pods
 
-    results: dict[str, Any] = {"kubernetes": KUBERNETES, "image": image or "stand-in", "phases": {}, "exact": False}
+    results: dict[str, Any] = {
+        "kubernetes": KUBERNETES,
+        "image": chosen.image or "stand-in",
+        "phases": {},
+        "exact": False,
+    }
 
     def keep() -> None:
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -57,14 +78,15 @@ def run(folder: Path, image: str | None, tar: Path | None, only: list[str] | Non
     with KubeCluster(folder / "cluster", CACHE / "bin") as cluster:
         results["node ready after s"] = cluster.seconds["node ready"]
         print(f"node ready after {cluster.seconds['node ready']:.1f} s", flush=True)
-        images = import_images(cluster, image, tar)
-        if not only or "apply" in only:
+        images = import_images(cluster, chosen.image, chosen.tar)
+        if not chosen.only or "apply" in chosen.only:
             results["applied"] = apply_everything(cluster)
         keep()
         cluster.kubectl("create", "namespace", NAMESPACE)
         with kafka_for_pods(folder / "kafka") as kafka, Stage(cluster, kafka, folder, images) as stage:
+            first = time.monotonic()
             for name, phase in PHASES.items():
-                if only and name not in ("come-up", *only):
+                if chosen.leaves_out(name, time.monotonic() - first):
                     continue
                 print(f"{name}: {phase.__doc__}", flush=True)
                 began = time.monotonic()
