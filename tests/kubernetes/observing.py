@@ -19,7 +19,7 @@ __all__ = ["Answer", "PodState", "PodWatch", "Prober", "TimedVerifier"]
 
 @dataclass(frozen=True)
 class PodState:
-    """A pod at a moment: `exit_code` and `ended_s` (how long after the request) once its container has ended."""
+    """A pod at a moment, as the API server tells it; `exit_code` once its container has ended."""
 
     at: float
     name: str

@@ -26,9 +26,9 @@ def delete_pod(stage: Stage) -> Measured:
     began = time.monotonic()
     before = stage.pods()["stepstream-0"].uid
     stage.kubectl("delete", "pod", "stepstream-0", "--wait=false")
-    stage.until("the pod is another", lambda: stage.pods().get("stepstream-0", _NONE).uid not in (before, ""))
-    back = stage.until_ready(2)
-    return {"ready again after s": back, **_stopping(stage, began)}
+    stage.until_another("stepstream-0", before)
+    stage.until_ready(2)
+    return {"ready again after s": time.monotonic() - began, **_stopping(stage, began)}
 
 
 def kill_pod(stage: Stage) -> Measured:
@@ -36,7 +36,7 @@ def kill_pod(stage: Stage) -> Measured:
     before = stage.pods()["stepstream-1"].uid
     began = time.monotonic()
     stage.kubectl("delete", "pod", "stepstream-1", "--force", "--grace-period=0")
-    stage.until("the pod is another", lambda: stage.pods().get("stepstream-1", _NONE).uid not in (before, ""))
+    stage.until_another("stepstream-1", before)
     stage.until_ready(2)
     return {"ready again after s": time.monotonic() - began}
 
@@ -98,13 +98,6 @@ def restore(stage: Stage) -> Measured:
     assert max(restoring) > 0, "no pod ever said that it is alive and not ready"
     stage.until_outputs(40)
     return {"ready after s": ready, "alive and not ready s": max(restoring)}
-
-
-class _None:
-    uid = ""
-
-
-_NONE = _None()
 
 
 def _stopping(stage: Stage, since: float) -> Measured:

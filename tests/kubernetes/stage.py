@@ -143,6 +143,10 @@ class Stage:
 
         return self.until(f"{count} pods ready", reached)
 
+    def until_another(self, name: str, uid: str) -> float:
+        """Until a pod of this name is there that is not the one with this uid."""
+        return self.until(f"another {name}", lambda: name in self.pods() and self.pods()[name].uid != uid)
+
     def until_rolled_out(self) -> float:
         """Until the update is done in every pod."""
         began = time.monotonic()
