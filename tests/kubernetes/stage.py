@@ -112,7 +112,7 @@ class Stage:
     def _pipeline(self) -> str:
         """The fault run's pipeline; the engine as the shipped file has it, with snapshots more often."""
         pipeline = yaml.safe_load(self.rig.file.read_text())
-        own = {"snapshots": f"{STATE}/rig/snapshots", "snapshot_every_s": 2, "instance": "${POD_NAME}"}
+        own = {"snapshots": f"{STATE}/rig/snapshots", "snapshot_every_s": 2, "instance": "${POD_NAME}", "max_batch": 32}
         return yaml.safe_dump(pipeline | {"engine": {"kafka": own}})
 
     # ---- what phases do and ask
