@@ -74,9 +74,11 @@ def drain_node(stage: Stage) -> Measured:
         selector = "--pod-selector=app.kubernetes.io/name=stepstream"
         drain = stage.start_kubectl("drain", NODE, "--delete-emptydir-data", selector, "--timeout=300s", log=out)
         stage.until("the budget refuses the second eviction", lambda: "disruption budget" in log.read_text())
+        stage.until("the evicted pod waits for a node", lambda: any(not p.ip for p in stage.pods().values()))
         time.sleep(5)
-        pods = stage.pods().values()
-        assert sum(pod.ready for pod in pods) == 1, list(pods)
+        pods = list(stage.pods().values())
+        assert [pod.ready and not pod.deleting for pod in pods].count(True) == 1, pods
+        assert "disruption budget" in log.read_text().splitlines()[-1], log.read_text()
         stage.kubectl("uncordon", NODE)
         # kubectl drains what it found at the beginning: both pods of then.
         stage.until("the drain is done", lambda: drain.poll() is not None)
