@@ -40,7 +40,7 @@ def test_the_wheel_owns_only_stepstream(wheel: Path) -> None:
         "stepstream/data/metr_la_week.npz",
         "stepstream/data/la-traffic.yaml",
         "stepstream/data/ika-lidar.yaml",
-        "stepstream/data/ika_vlp32/1603960640713255310.npz",
+        "stepstream/data/ika_vlp32/1603960640813255310.npz",
         "stepstream/data/ika_vlp32/README.md",
         "stepstream/models/py.typed",
         "stepstream/pipeline/engines/local.py",
