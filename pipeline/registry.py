@@ -43,6 +43,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "shards": "stepstream.operators.shards:Shards",
         "shard-links": "stepstream.operators.shard_links:ShardLinks",
         "null": "stepstream.operators.null:Null",
+        "recognize": "stepstream.operators.recognize:Recognize",
         "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {
