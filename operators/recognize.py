@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -73,6 +73,8 @@ class Recognize(Infer):
         self.weights_hash = loaded.weights_hash
         self._decisions = Decisions(options, len(self.classes))
         self._context: Context | None = None  # of the call that is going on
+        self.on_frame: Callable[[EventFrame, Mapping[str, Any]], None] | None = None
+        """Told of each frame, with the memory of its stream after it (see `Decisions.fresh`): for a picture."""
 
     def connect(self, before: Sequence[Operator], behind: Sequence[Operator]) -> None:
         """Refuses weights that were trained on frames that `accumulate` does not make."""
@@ -166,6 +168,8 @@ class Recognize(Infer):
         for what, _ in told:
             if what in (BEGUN, ENDED) and self._context is not None:
                 self._context.count(what)
+        if self.on_frame is not None:
+            self.on_frame(frame, memory)
         return [self._activity(memory, what, fields) for what, fields in told]
 
     def _activity(self, memory: dict[str, Any], what: str, fields: dict[str, Any]) -> Activity:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from stepstream.pipeline.pipeline import Built
 
-__all__ = ["HORIZONS_MIN", "INTERVAL", "MODELS", "StepTimes", "demo_pipeline", "run_demo"]
+__all__ = ["HORIZONS_MIN", "INTERVAL", "MODELS", "StepTimes", "claim_folder", "demo_pipeline", "run_demo", "status"]
 
 MODELS = ("sttn", "persistence", "weekly-average")
 HORIZONS_MIN = (15, 30, 60)
@@ -105,8 +105,8 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
     `out` may be new, empty, or hold an earlier demo, whose outputs are replaced; anything else is refused.
     `summary.json` in `out` has the same values. Raises InputError.
     """
-    with _status("loading the models"):
-        _claim(out)
+    with status("loading the models"):
+        claim_folder(out, _MADE)
         pipeline = demo_pipeline(out, days)
         built = pipeline.build()
     times = _watch_steps(built)
@@ -117,7 +117,7 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
         result = built.run(None, on_progress, scores.see)
     summary = _summarise(out, days, result, times, scores.rows())
     write_atomic(out / "summary.json", [json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n"])
-    with _status("drawing the report"):
+    with status("drawing the report"):
         from stepstream.pipeline.report import write_report
 
         write_report(out)
@@ -126,7 +126,7 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
 
 
 @contextmanager
-def _status(text: str) -> Iterator[None]:
+def status(text: str) -> Iterator[None]:
     """A line on stderr while something takes a moment, if somebody watches."""
     from stepstream.pipeline.cli.common import progress_console
 
@@ -135,8 +135,8 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _claim(out: Path) -> None:
-    """Makes `out` an empty demo folder."""
+def claim_folder(out: Path, made: Sequence[str]) -> None:
+    """Makes `out` an empty demo folder: what an earlier demo `made` there is deleted. Raises InputError."""
     if out.is_symlink() or out.exists():
         if not out.is_dir():
             raise InputError(f"--out: {out} is a file; expected a folder, or a name for a new one")
@@ -148,7 +148,7 @@ def _claim(out: Path) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (out / _MARKER).write_text(_MARKER_TEXT)
-        for name in _MADE:
+        for name in made:
             path = out / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -166,9 +166,9 @@ def _from_npz(path: Path) -> LabelledEvents:
         raise InputError(f"{path}: offsets: expected {len(labels) + 1} ascending numbers from 0 to {count}")
     if not len(labels) or any(len(parts[name]) != count for name in ("x", "y", "p")):
         raise InputError(f"{path}: x, y, p: expected {count} of each, and at least one label")
-    t, x, y, polarity = parts["t"].astype(np.int64), *(parts[name].astype(np.uint16) for name in "xy"), parts["p"] > 0
+    t, x, y = parts["t"].astype(np.int64), parts["x"].astype(np.uint16), parts["y"].astype(np.uint16)
     names = tuple(str(i) for i in range(int(labels.max()) + 1))
-    return _recordings(path, names, labels, offsets, (t, x, y, polarity.astype(np.uint8)))
+    return _recordings(path, names, labels, offsets, (t, x, y, (parts["p"] > 0).astype(np.uint8)))
 
 
 def _from_files(

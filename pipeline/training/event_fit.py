@@ -11,6 +11,7 @@ from typing import Any
 
 from stepstream.connectors.base import InputError
 from stepstream.models.eventtransact import EventTransActConfig
+from stepstream.models.registry import load_model
 from stepstream.models.weights import Card, save_weights
 from stepstream.pipeline.training import Progress, checked
 from stepstream.pipeline.training.event_augment import Augmentation
@@ -21,7 +22,7 @@ __all__ = ["train"]
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "recordings": {"clips": 16, "frames": 8, "every_us": 40_000, "window_us": 40_000, "memory": 8},
-    "time": {"clips": 5, "frames": 24, "every_us": 20_000, "window_us": 40_000, "memory": 16},
+    "time": {"clips": 5, "frames": 24, "splice": 0.3, "every_us": 20_000, "window_us": 40_000, "memory": 16},
 }
 """By protocol: short recordings, of which a clip is one, and long ones, of which it is a stretch."""
 _FRAME = ("kind", "every_us", "window_us")
@@ -60,7 +61,8 @@ def train(
     if not resume and out.exists():
         for name in ("checkpoint.pt", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
-    trainer = EventTrainer(events, out, chosen)
+    initial = None if chosen.initial is None else load_model(model, chosen.initial).model.state_dict()
+    trainer = EventTrainer(events, out, chosen, initial)
     trainer.run(_reporter(on_progress), stop)
     return _finish(trainer, data, out)
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
@@ -27,6 +27,7 @@ from stepstream.pipeline.training.event_metrics import score_pieces
 __all__ = ["EventTrainOptions", "EventTrainer", "event_contrast"]
 
 TEMPERATURE = 0.1
+_SPATIAL = "spatial."
 CONTRAST_EVERY = 2
 """Of each clip every second frame is contrasted (in the authors' code every fourth): neighbours look too much alike."""
 
@@ -38,9 +39,10 @@ class EventTrainOptions:
     The run ends after `minutes` of training time, or after `steps` optimiser steps if given (then it is reproducible).
     `clips`: recordings in a step, each in two views of `frames` frames. `alone`: share of the run, at its beginning, in
     which as many frames a step are trained by themselves, drawn one by one: the spatial encoder learns most of what it
-    can so, several times faster. `contrast`: weight of the event-contrastive loss. `smoothing`: of the labels. `ema`:
-    decay of the averaged weights, which are what is evaluated and shipped. `fold`: part of the training recordings that
-    is held back to compare settings; None trains on all of them.
+    can so, several times faster. `splice`: share of the clips that begin with frames of another one. `contrast`: weight
+    of the event-contrastive loss. `smoothing`: of the labels. `ema`: decay of the averaged weights, which are what is
+    evaluated and shipped. `fold`: part of the training recordings that is held back to compare settings; None trains on
+    all of them. `initial`: weights (a folder or a shipped name) whose spatial encoder to begin with.
     """
 
     form: Literal["continual", "exact"] = "continual"
@@ -56,7 +58,9 @@ class EventTrainOptions:
     contrast: float = 0.1
     ema: float = 0.995
     alone: float = 0.5
+    splice: float = 0.0
     fold: int | None = None
+    initial: str | None = None
     save_every_s: float = 60.0
     device: str = "cpu"
     augment: Augmentation = field(default_factory=Augmentation)
@@ -85,12 +89,21 @@ class EventTrainer:
     Files: `checkpoint.pt` (everything needed to go on), `log.jsonl` (a line per `save_every_s`).
     """
 
-    def __init__(self, data: LabelledEvents, out: Path, options: EventTrainOptions) -> None:
+    def __init__(
+        self, data: LabelledEvents, out: Path, options: EventTrainOptions, initial: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`initial`: parameters of a spatial encoder, by the names of the whole network, to begin with."""
         torch.manual_seed(options.seed)
         self.data, self.out, self.options = data, out, options
         self.config = _config(data, options)
         # On a CPU convolutions of so few channels take a quarter less time so.
         self.model = EventTransAct(self.config).to(options.device).to(memory_format=torch.channels_last)
+        if initial is not None:
+            spatial = {name: tensor for name, tensor in initial.items() if name.startswith(_SPATIAL)}
+            try:
+                self.model.spatial.load_state_dict({n.removeprefix(_SPATIAL): p for n, p in spatial.items()})
+            except RuntimeError as error:
+                raise InputError(f"--set initial: another spatial encoder: {str(error).splitlines()[-1]}") from None
         self.pieces = data.part("train", options.fold)
         self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         plain = [p for p in self.model.parameters() if p.dim() < 2]
@@ -138,33 +151,49 @@ class EventTrainer:
             made.append(clip)
         return made
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """Frames [B, T, C, H, W] and labels [B]: of two views the first ones before the second ones."""
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames [B, T, C, H, W], labels [B, T], and how many frames each label has been there [B, T].
+
+        Of two views the first ones stand before the second ones.
+        """
         o = self.options
         clips, frames, views = (2 * o.clips * o.frames, 1, 1) if self.alone else (o.clips, o.frames, 2)
-        chosen = [self.pieces[i] for i in self.random.integers(len(self.pieces), size=clips)]
-        made = [self._clip(piece, frames, views) for piece in chosen]
+        made, labels, shown = [], [], []
+        for i in self.random.integers(len(self.pieces), size=clips):
+            made.append(self._clip(self.pieces[i], frames, views))
+            labels.append(np.full(frames, self.pieces[i].label))
+            shown.append(np.arange(1, frames + 1))
+            if o.splice and frames > 1 and self.random.random() < o.splice:
+                self._splice(made[-1], labels[-1], shown[-1])
         window = torch.from_numpy(np.stack([clip[view] for view in range(views) for clip in made]))
-        labels = torch.tensor([piece.label for piece in chosen] * views)
-        return window.to(o.device), labels.to(o.device)
+        label, count = (torch.from_numpy(np.stack(part)).repeat(views, 1) for part in (labels, shown))
+        return window.to(o.device), label.to(o.device), count.to(o.device)
+
+    def _splice(
+        self, views: list[npt.NDArray[np.float32]], labels: npt.NDArray[np.int64], shown: npt.NDArray[np.int64]
+    ) -> None:
+        """Puts frames of another piece before those of a clip, in place."""
+        frames = len(labels)
+        cut = int(self.random.integers(frames // 4, 3 * frames // 4 + 1))
+        other = self.pieces[self.random.integers(len(self.pieces))]
+        for view, before in zip(views, self._clip(other, cut, len(views)), strict=True):
+            view[:cut] = before
+        labels[:cut] = other.label
+        shown[cut:] -= cut
 
     def _loss(self) -> Tensor:
         o = self.options
-        frames, labels = self._batch()
+        frames, labels, shown = self._batch()
         embeddings = self.model.embeddings(frames)
         logits = self.model.classify(embeddings)
-        time_ = logits.shape[1]
         losses = F.cross_entropy(
-            logits.flatten(0, 1),
-            labels.repeat_interleave(time_),
-            label_smoothing=o.smoothing,
-            reduction="none",
-        ).unflatten(0, logits.shape[:2])
+            logits.flatten(0, 1), labels.flatten(), label_smoothing=o.smoothing, reduction="none"
+        ).unflatten(0, labels.shape)
         # A frame or two say little: what is said later counts more.
-        weight = torch.arange(1, time_ + 1, device=logits.device) / time_
-        loss: Tensor = (losses * weight).sum() / (weight.sum() * len(losses))
-        if o.contrast and time_ > CONTRAST_EVERY:
-            loss = loss + o.contrast * event_contrast(*embeddings[:, ::CONTRAST_EVERY].chunk(2))
+        loss: Tensor = (losses * shown).sum() / shown.sum()
+        if o.contrast and labels.shape[1] > CONTRAST_EVERY:
+            first, second = embeddings[:, ::CONTRAST_EVERY].chunk(2)
+            loss = loss + o.contrast * event_contrast(first, second)
         return loss
 
     def train_step(self) -> float:
