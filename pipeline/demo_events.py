@@ -28,8 +28,6 @@ TRUTH = (("hand clapping", 0.0), ("right hand wave", 0.725), ("air guitar", 1.45
 CREDIT = "DVS128 Gesture, IBM Research (Amir et al., CVPR 2017), CC BY 4.0"
 
 _MADE = ("summary.json", "activities.gif", "activities.jsonl", "dead_letters.jsonl", ".parts", ".stepstream")
-# Written by every `files` sink, and empty here.
-_EMPTY = ("forecasts.jsonl", "forecasts.parquet", "scores.jsonl")
 
 
 def demo_pipeline(out: Path, recording: Path) -> Pipeline:
@@ -54,7 +52,7 @@ def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
         status("recognising gestures"),
         resources.as_file(resources.files("stepstream.data") / RECORDING) as recording,
     ):
-        claim_folder(out, (*_MADE, *_EMPTY))
+        claim_folder(out, _MADE)
         built = demo_pipeline(out, recording).build()
         operator = next(o for _, o in built.task.operators if isinstance(o, Recognize))
         times, moments, told = StepTimes(), [], []
@@ -78,7 +76,8 @@ def _summarise(
     activities: Sequence[Record],
     moments: Sequence[Moment],
 ) -> dict[str, Any]:
-    events = sum(moment.fresh_events for moment in moments)
+    apart = operator.form.window_us // operator.form.every_us  # frames that share no event
+    events = sum(moment.events for moment in moments[apart - 1 :: apart])
     duration_s = len(moments) * operator.form.every_us / 1e6
     truth = [{"label": label, "since_s": since} for label, since in TRUTH]
     right = [moment.label >= 0 and operator.classes[moment.label] == _label_at(moment.end_s) for moment in moments]
@@ -132,17 +131,15 @@ def _show(summary: Mapping[str, Any], out: Path, console: Console) -> None:
     counts = summary["counts"]
     console.print()
     for told in summary["activities"]:
-        what = "since" if told["ongoing"] else "ended: from"
-        until = "" if told["ongoing"] else f" to {told['until_s']:.2f} s"
-        console.print(
-            f"[dim]{told['time_s']:5.2f} s[/]  [bold]{told['label']}[/] {what} {told['since_s']:.2f} s{until} "
-            f"[dim](confidence {told['confidence']:.0%})[/]"
-        )
+        what = f"since {told['since_s']:.2f} s [dim](confidence {told['confidence']:.0%})[/]"
+        if not told["ongoing"]:
+            what = f"ended: from {told['since_s']:.2f} to {told['until_s']:.2f} s"
+        console.print(f"[dim]{told['time_s']:5.2f} s[/]  [bold]{told['label']}[/] {what}")
     console.print()
     shown = ", ".join(f"{item['label']} from {item['since_s']:g} s" for item in summary["truth"])
     rows = {
         "shown": shown,
-        "stream": f"{number(counts['events'])} events, {counts['slices']} slices, {counts['frames']} frames",
+        "stream": f"{number(counts['events'])} events in frames, {counts['slices']} slices, {counts['frames']} frames",
         "frames told right": f"{summary['frames_right']:.0%} (all frames, also those before anything is told)",
         "speed": f"{number(round(summary['real_time_factor'], 1))} x real time",
         "one model step": f"p50 {number(summary['step_ms_p50'])} ms, p99 {number(summary['step_ms_p99'])} ms",

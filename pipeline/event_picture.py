@@ -31,7 +31,7 @@ class Moment:
 
     values: npt.NDArray[np.float32]
     end_s: float
-    fresh_events: int
+    events: int
     mean: npt.NDArray[np.float64]
     label: int
     onset_s: float
