@@ -39,13 +39,15 @@ def a_model(form: Literal["continual", "exact"], dtype: torch.dtype = torch.floa
     torch.manual_seed(0)
     model = EventTransAct(EventTransActConfig(**{**SMALL, "form": form, **sizes})).to(dtype).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
 def counts(streams: int, steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
     random = torch.Generator().manual_seed(streams + steps)
-    return torch.poisson(torch.full((streams, steps, 2, 13, 10), 0.4, dtype=dtype), random)
+    rate = 3 * torch.rand(streams, steps, 2, 13, 1, generator=random, dtype=dtype) ** 4
+    return torch.poisson(rate.expand(-1, -1, -1, -1, 10), random)
 
 
 @pytest.mark.parametrize("form", FORMS)

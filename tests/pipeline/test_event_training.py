@@ -56,9 +56,9 @@ def invoke(*arguments: str) -> dict[str, Any]:
 
 def test_train_then_evaluate(recording: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "weights")
-    told = invoke("train", "eventtransact", "--data", str(recording), "--out", out, "--set=steps=30",
-                  "--set=learning_rate=0.01", "--set=erase=0", *SETS)  # fmt: skip
-    assert told["steps"] == 30
+    told = invoke("train", "eventtransact", "--data", str(recording), "--out", out, "--set=steps=60",
+                  "--set=learning_rate=0.01", "--set=erase=0", "--set=ema=0.8", "--set=alone=0.8", *SETS)  # fmt: skip
+    assert told["steps"] == 60
     found = invoke("evaluate", "eventtransact", "--data", str(recording), "--weights", out)
     assert {"model", "task", "split", "metrics", "baselines"} <= set(found)
     assert (found["task"], found["split"], found["evaluated"]) == ("events", "test", 8)
@@ -178,7 +178,7 @@ def test_the_contrast_is_small_where_a_frame_is_like_itself_in_the_other_view_al
     frames = torch.eye(6)[None].repeat(2, 1, 1)
     aligned, shifted = event_contrast(frames, frames), event_contrast(frames, frames.roll(1, dims=1))
     by_hand = -torch.log(torch.exp(torch.tensor(10.0)) / (torch.exp(torch.tensor(10.0)) + 10))
-    assert float(aligned) == pytest.approx(float(by_hand), rel=1e-4)
+    assert float(aligned) == pytest.approx(float(by_hand), rel=1e-3)
     assert float(shifted) > 5
 
 
