@@ -55,7 +55,9 @@ def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
         claim_folder(out, _MADE)
         built = demo_pipeline(out, recording).build()
         operator = next(o for _, o in built.task.operators if isinstance(o, Recognize))
-        times, moments, told = StepTimes(), [], []
+        times = StepTimes()
+        moments: list[Moment] = []
+        told: list[Record] = []
         operator.on_step = times.add
         operator.on_frame = lambda frame, memory: moments.append(Moment.of(frame, memory))
         result = built.run(on_output=told.extend)
