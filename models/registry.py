@@ -61,6 +61,15 @@ _ENTRIES = (
         "a recurrent cell of torch-geometric-temporal: DCRNN, GConvGRU, GConvLSTM, GCLSTM, TGCN, A3TGCN",
     ),
     ModelEntry(
+        "eventtransact",
+        "stepstream.models.eventtransact:EventTransAct",
+        "events",
+        "model",
+        "continual: layers (memory - 1) + 1; exact: memory",
+        "window form, to 1e-5 in float32",
+        "transformer along time over embeddings of event frames",
+    ),
+    ModelEntry(
         "persistence",
         "stepstream.models.persistence:Persistence",
         "traffic",
