@@ -106,6 +106,15 @@ _ENTRIES = (
         "convolutional state spaces on event frames",
     ),
     ModelEntry(
+        "ppn",
+        "stepstream.models.ppn:PPN",
+        "lidar",
+        "model",
+        "ppn: history; pyramid: levels (temporal - 1) + 1",
+        "window form, to 1e-5 in float32",
+        "two networks over a history of maps: classes of points, and the next map",
+    ),
+    ModelEntry(
         "edgebank",
         "stepstream.models.dyngraph.edgebank:EdgeBank",
         "graph",

@@ -51,6 +51,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "null": "stepstream.operators.null:Null",
         "track": "stepstream.operators.track:Track",
         "recognize": "stepstream.operators.recognize:Recognize",
+        "perceive": "stepstream.operators.perceive:Perceive",
         "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {

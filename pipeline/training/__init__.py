@@ -26,6 +26,7 @@ _TASKS = {
     "traffic": ("traffic", "traffic"),
     "graph": ("graph_fit", "graph"),
     "events": ("event_fit", "events"),
+    "lidar": ("lidar", "lidar"),
 }
 """Task -> the module beside this one that trains its models, and the one that evaluates them."""
 
@@ -99,7 +100,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model or baseline on a recording: {model, task, split, metrics, baselines, ...}.
 
-    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit". Raises InputError or
+    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit", of
+    lidar "poses" and "taxonomy". Raises InputError or
     WeightsError for what cannot be evaluated.
     """
     task = import_module(f"{__name__}.{_TASKS[_task(model)][1]}")
