@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -82,6 +82,8 @@ class Perceive(Operator):
         self._rows = StateRows(self.runner, options.device)
         self._times: dict[str, int] = {}
         self._corners: dict[str, tuple[int, int]] = {}
+        self.on_perception: Callable[[Perception], None] | None = None
+        """Sees what is made, as it is made."""
 
     def process(self, records: Sequence[Record], context: Context) -> list[Record]:
         """One perception a sweep that can be used."""
@@ -121,7 +123,7 @@ class Perceive(Operator):
             context.count("worker_restarts", self.runner.restarts - before)
         context.count("steps")
         classes, scores = _decided(y["classes"][0], coded.cell)
-        return Perception(
+        seen = Perception(
             sweep,
             self._config.classes,
             classes,
@@ -130,6 +132,9 @@ class Perceive(Operator):
             self.weights_hash,
             self._expected(y["occupied"][0, 1], coded, sweep, place),
         )
+        if self.on_perception is not None:
+            self.on_perception(seen)
+        return seen
 
     def _placed(self, record: Record, context: Context) -> Placement:
         """Where the sweep lies; the key's history is made ready for it."""

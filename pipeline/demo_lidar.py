@@ -19,6 +19,8 @@ from stepstream.connectors.recording import open_recording
 from stepstream.connectors.records import Detections, Record
 from stepstream.connectors.sweeps import SweepRecording
 from stepstream.connectors.times import format_time
+from stepstream.operators.perceive import Perceive
+from stepstream.operators.perception import Perception
 from stepstream.operators.voxelize import Voxelize
 from stepstream.pipeline.atomic import write_atomic
 from stepstream.pipeline.demo import claim_folder, status
@@ -53,9 +55,10 @@ def lidar_pipeline(out: Path) -> Pipeline:
 
 @dataclass
 class _Seen:
-    """Detections passing by, in order."""
+    """Detections passing by, in order, and what the network said of each sweep."""
 
     records: list[Record]
+    masks: list[Perception]
 
     def see(self, records: Sequence[Record]) -> None:
         self.records += [record for record in records if isinstance(record.value, Detections)]
@@ -69,7 +72,10 @@ def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
     """
     claim_folder(out)
     built = lidar_pipeline(out).build()
-    seen = _Seen([])
+    seen = _Seen([], [])
+    for _, operator in built.task.operators:
+        if isinstance(operator, Perceive):
+            operator.on_perception = seen.masks.append
     from stepstream.pipeline.cli.progress import record_progress
 
     with record_progress("objects in three seconds of a street") as on_progress:
@@ -81,14 +87,14 @@ def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
     with status("drawing the picture"):
         from stepstream.pipeline.lidar_picture import animation, still
 
-        scenes = list(_scenes(open_recording(_recording_path()), seen.records, built.task.operators))
+        scenes = list(_scenes(open_recording(_recording_path()), seen, built.task.operators))
         write_atomic(out / "bev.gif", [animation(scenes, _TITLE)])
         write_atomic(out / "bev.png", [still(scenes[-1], _TITLE)])
     _show(summary, out, console)
     return summary
 
 
-def _scenes(recording: SweepRecording, records: Sequence[Record], operators: Any) -> Iterator[Scene]:
+def _scenes(recording: SweepRecording, seen: _Seen, operators: Any) -> Iterator[Scene]:
     from stepstream.operators.cluster import Cluster
     from stepstream.pipeline.lidar_picture import Scene
 
@@ -101,10 +107,10 @@ def _scenes(recording: SweepRecording, records: Sequence[Record], operators: Any
         "z": (cluster.above, cluster.below),
     }
     voxelize = Voxelize(Voxelize.Options.model_validate(options))
-    first = records[0].time_ns
-    for record in records:
+    first = seen.records[0].time_ns
+    for record, masks in zip(seen.records, seen.masks, strict=True):
         sweep = recording.load(record.origin.offset)
-        yield Scene((record.time_ns - first) / 1e9, sweep, voxelize.grid(sweep), record.value)
+        yield Scene((record.time_ns - first) / 1e9, sweep, voxelize.grid(sweep), record.value, masks)
 
 
 def detection_table(records: Sequence[Record]) -> pa.Table:

@@ -20,10 +20,18 @@ from PIL import Image
 
 from stepstream.connectors.records import Detections, Sweep
 from stepstream.operators.grid import Grid
+from stepstream.operators.perception import Perception
 
 __all__ = ["Scene", "animation", "corners_of", "points_inside", "still"]
 
 _INK, _MAP, _POINT, _LOOSE = "#16202c", "#d9e0e9", "#6b7888", "#b4bdc9"
+_CLASSES = {
+    **dict.fromkeys(("road", "parking", "other ground", "other-ground"), "#9aa4b1"),
+    **dict.fromkeys(("sidewalk", "terrain"), "#c9a26b"),
+    **dict.fromkeys(("building", "fence", "pole", "traffic sign", "traffic-sign"), "#6c7fae"),
+    **dict.fromkeys(("vegetation", "trunk"), "#4f9d69"),
+}
+_OBJECT = "#d1495b"
 _TRACKS = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]  # type: ignore[attr-defined]
 _MARGIN = 0.15
 _INCHES, _DPI = 7.2, 100
@@ -31,12 +39,15 @@ _INCHES, _DPI = 7.2, 100
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One sweep with its map and its detections. `seconds`: since the first one."""
+    """One sweep with its map and its detections. `seconds`: since the first one. `masks`: what each point is, if a
+    network said so.
+    """
 
     seconds: float
     sweep: Sweep
     grid: Grid
     seen: Detections
+    masks: Perception | None = None
 
 
 def corners_of(seen: Detections) -> npt.NDArray[np.float64]:
@@ -77,7 +88,9 @@ def _draw(axes: Axes, scene: Scene) -> None:
     image = np.where(occupied[..., None], [int(_MAP[i : i + 2], 16) for i in (1, 3, 5)], 255).astype(np.uint8)
     axes.imshow(image, extent=(left, right, grid.low[0], grid.low[0] + wide), origin="lower", interpolation="nearest")
     of = points_inside(points, seen)
-    axes.scatter(*_from_above(points[of < 0, 0], points[of < 0, 1]), s=1.0, color=_POINT, linewidths=0)
+    loose = of < 0
+    axes.scatter(*_from_above(points[loose, 0], points[loose, 1]), s=1.0, c=_mask_colours(scene, loose), linewidths=0)
+    _legend(axes, scene.masks)
     tracks = seen.track_ids.tolist()
     masked = points[of >= 0]
     colours = [_colour(tracks[k]) for k in of[of >= 0]]
@@ -90,6 +103,26 @@ def _draw(axes: Axes, scene: Scene) -> None:
     _label(axes, seen)
     axes.set_xlim(left, right)
     axes.set_ylim(grid.low[0], grid.low[0] + wide)
+
+
+def _class_colour(name: str) -> str:
+    return _POINT if name == "none" else _CLASSES.get(name, _OBJECT)
+
+
+def _mask_colours(scene: Scene, which: npt.NDArray[np.bool_]) -> Any:
+    """Of the points that are in no box, by the class that the network gave them."""
+    if scene.masks is None:
+        return _POINT
+    palette = np.array([_class_colour(name) for name in scene.masks.classes])
+    return palette[scene.masks.point_classes[which]].tolist()
+
+
+def _legend(axes: Axes, masks: Perception | None) -> None:
+    """Names of the classes that are there, in their colours."""
+    there = [] if masks is None else [masks.classes[at] for at in np.unique(masks.point_classes) if at]
+    for row, name in enumerate(there):
+        at = (0.012, 0.985 - 0.026 * row)
+        axes.text(*at, name, fontsize=7, color=_class_colour(name), va="top", transform=axes.transAxes)
 
 
 def _label(axes: Axes, seen: Detections) -> None:

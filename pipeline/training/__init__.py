@@ -17,7 +17,7 @@ from stepstream.connectors.base import InputError
 __all__ = ["evaluate", "train"]
 
 EVENT_CLASSIFIERS = ("sltt", "convs5-events")
-"""Models of event frames that `event_classifiers` trains."""
+"""Models of event frames that `event_classifiers` trains and evaluates."""
 
 T = TypeVar("T")
 Progress = Callable[[Mapping[str, Any]], None]
@@ -81,8 +81,7 @@ def train(
     resume = bool(given.pop("resume", True))
     if minutes is not None:
         given["minutes"] = minutes
-    module = "event_classifiers" if model in EVENT_CLASSIFIERS else _TASKS[_task(model)][0]
-    fit = import_module(f"{__name__}.{module}")
+    fit = import_module(f"{__name__}.{_modules(model)[0]}")
     found: dict[str, Any] = fit.train(
         model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event()
     )
@@ -104,11 +103,15 @@ def evaluate(
     lidar "poses" and "taxonomy". Raises InputError or
     WeightsError for what cannot be evaluated.
     """
-    task = import_module(f"{__name__}.{_TASKS[_task(model)][1]}")
+    task = import_module(f"{__name__}.{_modules(model)[1]}")
     found: dict[str, Any] = task.evaluate(
         model, data, weights, resolve_device(device), dict(options or {}), on_progress
     )
     return found
+
+
+def _modules(model: str) -> tuple[str, str]:
+    return ("event_classifiers",) * 2 if model in EVENT_CLASSIFIERS else _TASKS[_task(model)]
 
 
 def _task(model: str) -> str:

@@ -1,4 +1,4 @@
-"""`train` for the classifiers of event frames that are no transformer: the spiking network (SLTT) and ConvS5."""
+"""`train` and `evaluate` for classifiers of event frames that are no transformer: a spiking network (SLTT), ConvS5."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from stepstream.connectors.base import InputError
 from stepstream.models.convs5_events import ConvS5Classifier
+from stepstream.models.registry import load_model
 from stepstream.models.sltt import SpikingNet, draw_steps, sltt_backward
 from stepstream.models.weights import Card, save_weights
 from stepstream.pipeline.training import Progress, checked
 from stepstream.pipeline.training.event_sets import EventSet, batches, read_event_set
 
-__all__ = ["ClassifierTrainer", "EventTrainOptions", "accuracy_by_frame", "train"]
+__all__ = ["ClassifierTrainer", "EventTrainOptions", "accuracy_by_frame", "evaluate", "train"]
 
 _SIZES = {"sltt": {"widths", "leak", "memory", "gain"}, "convs5-events": {"width", "states", "blocks"}}
 """What a user may choose about each of `EVENT_CLASSIFIERS`."""
 
+_SPLIT = "the last fifth of a permutation (numpy default_rng(0)) is held back"
 _RATES = {"sltt": 2e-3, "convs5-events": 2e-3}
 
 
@@ -199,6 +201,66 @@ def train(
     return _finish(trainer, data, out)
 
 
+def evaluate(
+    model: str,
+    data: Path,
+    weights: str | Path | None,
+    device: str,
+    options: dict[str, Any],
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """See `stepstream.pipeline.training.evaluate`.
+
+    `metrics`: `accuracy` after the last frame; `curve`: after each, by milliseconds; `baselines`: the nearest centroid
+    of whole recordings. `options`: "split", test or train, of the permutation that `read_event_set` makes. Frames are
+    those that the weights were trained on.
+    """
+    part = options.pop("split", "test")
+    if options:
+        raise InputError(f"--set {next(iter(options))}: there is no such option; known is split")
+    if part not in ("test", "train"):
+        raise InputError(f"--set split={part}: test or train was expected")
+    if weights is None:
+        raise InputError(f"{model}: --weights: a folder or a shipped name was expected")
+    loaded = load_model(model, weights)
+    assert isinstance(loaded.model, SpikingNet | ConvS5Classifier)
+    told = loaded.card.training
+    every_us, frames = int(told.get("every_us", 10_000)), int(told.get("frames", 30))
+    recordings = read_event_set(data, every_us, frames)
+    expected = loaded.card.config
+    if (recordings.classes, list(recordings.size)) != (expected["classes"], list(expected["size"])):
+        raise InputError(
+            f"{data}: {recordings.classes} classes of {list(recordings.size)} pixels; {weights} knows "
+            f"{expected['classes']} of {expected['size']}"
+        )
+    if on_progress is not None:
+        on_progress({"fraction": 0.1})
+    rows = recordings.test if part == "test" else recordings.train
+    curve = accuracy_by_frame(loaded.model.to(device), recordings, rows, device)
+    return {
+        "model": model,
+        "task": "events",
+        "split": part,
+        "data": data.name,
+        "evaluated": len(rows),
+        "protocol": _SPLIT,
+        "weights_sha256": loaded.weights_hash,
+        "metrics": {"accuracy": round(float(curve[-1]), 4)},
+        "curve": {str((i + 1) * every_us // 1000): round(float(v), 4) for i, v in enumerate(curve)},
+        "baselines": {"nearest-centroid": {"accuracy": round(_nearest_centroid(recordings, rows), 4)}},
+    }
+
+
+def _nearest_centroid(data: EventSet, rows: npt.NDArray[np.int64]) -> float:
+    """Share of `rows` whose counts a pixel and polarity, to length 1, are nearest to the mean of their own class."""
+    whole = data.frames.astype(np.float32).sum(1).reshape(len(data.labels), -1)
+    whole /= np.maximum(np.linalg.norm(whole, axis=1, keepdims=True), 1)
+    train = data.train
+    centres = np.stack([whole[train[data.labels[train] == kind]].mean(0) for kind in range(data.classes)])
+    nearest = ((whole[rows, None] - centres[None]) ** 2).sum(2).argmin(1)
+    return float((nearest == data.labels[rows]).mean())
+
+
 def _finish(trainer: ClassifierTrainer, data: Path, out: Path) -> dict[str, Any]:
     curve = accuracy_by_frame(trainer.model, trainer.data, trainer.data.test, trainer.options.device)
     o = trainer.options
@@ -211,8 +273,7 @@ def _finish(trainer: ClassifierTrainer, data: Path, out: Path) -> dict[str, Any]
         for name, value in dataclasses.asdict(o).items()
         if name != "device" and value is not None and value != math.inf
     }
-    split = "the last fifth of a permutation (numpy default_rng(0)) is held back"
-    training = {"data": data.name, "recordings": len(trainer.data.labels), "split": split, **told}
+    training = {"data": data.name, "recordings": len(trainer.data.labels), "split": _SPLIT, **told}
     training |= {"learning_rate": trainer.rate, "epochs_done": trainer.epoch, "seconds": round(trainer.seconds)}
     card = Card(model=trainer.name, task="events", config=trainer.config, training=training, scores={"test": scores})
     card = save_weights(trainer.model.eval(), out, card)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from stepstream.connectors.base import InputError
 from stepstream.models.registry import load_model
-from stepstream.pipeline.training import train
+from stepstream.pipeline.training import evaluate, train
 from stepstream.pipeline.training.event_sets import batches, read_event_set
 
 SMALL: dict[str, Any] = {"frames": 4, "every_us": 5000, "batch": 8, "shift": 1, "epochs": 4}
@@ -91,6 +91,12 @@ def test_a_training_learns_and_one_that_was_stopped_goes_on_to_the_same_weights(
     assert all(torch.equal(a[name], b[name]) for name in a)
     loaded = load_model(model, out)
     assert loaded.card.scores["test"]["accuracy"] == again["accuracy"]
+    evaluated = evaluate(model, recordings, weights=out, device="cpu")
+    assert evaluated["metrics"] == {"accuracy": again["accuracy"]} and evaluated["evaluated"] == 12
+    assert evaluated["curve"] == again["accuracy_by_ms"]
+    assert evaluated["baselines"]["nearest-centroid"]["accuracy"] == 1.0
+    trained_on = evaluate(model, recordings, weights=out, device="cpu", options={"split": "train"})
+    assert trained_on["evaluated"] == 48
     data = read_event_set(recordings, 5000, 4)
     x = torch.from_numpy(data.frames[data.test].astype(np.float32))
     state = loaded.model.initial_state(len(x))
@@ -115,6 +121,10 @@ def test_other_ways_to_train_and_what_cannot_be_trained(recordings: Path, tmp_pa
         train("sltt", recordings, tmp_path / "x", device="cpu", options={"epoch": 1})
     with pytest.raises(InputError, match="--set: .*expected sizes above 0"):
         train("sltt", recordings, tmp_path / "x", device="cpu", options={**base, "widths": [0]})
+    with pytest.raises(InputError, match="--set split=all: test or train was expected"):
+        evaluate("sltt", recordings, weights=tmp_path / "k", device="cpu", options={"split": "all"})
+    with pytest.raises(InputError, match=r"2 classes of \[10, 12\] pixels; sltt-nmnist knows 10 of \[34, 34\]"):
+        evaluate("sltt", recordings, weights="sltt-nmnist", device="cpu")
     with np.load(recordings) as raw:
         columns = dict(raw)
     for change, reason in (
