@@ -186,7 +186,7 @@ def test_values_that_cannot_be_are_refused(name: str, values: list[float]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(("ascii", "compressed"), [(True, False), (False, False), (False, True)])
 def test_what_open3d_writes_is_read(tmp_path: Path, ascii: bool, compressed: bool) -> None:
-    geometry = pytest.importorskip("open3d", reason="open3d is not installed")
+    geometry = pytest.importorskip("open3d", reason="no open3d, or not the libraries it needs", exc_type=ImportError)
     points = cloud(3000)[:, :3].round(1).astype(np.float32)  # coarse, so that there is something to compress
     made = geometry.t.geometry.PointCloud(geometry.core.Tensor(points))
     made.point["intensity"] = geometry.core.Tensor(np.arange(3000, dtype=np.float32)[:, None] % 100)
