@@ -24,6 +24,7 @@ from stepstream.operators.perception import Perception
 from stepstream.operators.voxelize import Voxelize
 from stepstream.pipeline.atomic import write_atomic
 from stepstream.pipeline.demo import claim_folder, status
+from stepstream.pipeline.lidar_rerun import RerunView
 from stepstream.pipeline.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -59,20 +60,27 @@ class _Seen:
 
     records: list[Record]
     masks: list[Perception]
+    view: RerunView | None = None
 
     def see(self, records: Sequence[Record]) -> None:
-        self.records += [record for record in records if isinstance(record.value, Detections)]
+        for record in records:
+            if isinstance(record.value, Detections):
+                self.records.append(record)
+                if self.view is not None:
+                    self.view.show(record, self.masks[len(self.records) - 1])
 
 
-def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
+def run_demo(out: Path, *, rerun: str | None = None, console: Console) -> dict[str, Any]:
     """Replays the sweeps inside the package into `out`, draws what came out, tells `console`; returns the summary.
 
     `out` may be new, empty, or hold an earlier demo, whose outputs are replaced; anything else is refused. It gets
-    detections.jsonl, detections.parquet, bev.gif, bev.png and summary.json. Raises InputError.
+    detections.jsonl, detections.parquet, bev.gif, bev.png and summary.json. `rerun`: where Rerun shows it meanwhile,
+    see `RerunView`. Raises InputError.
     """
+    view = None if rerun is None else RerunView(rerun)
     claim_folder(out)
     built = lidar_pipeline(out).build()
-    seen = _Seen([], [])
+    seen = _Seen([], [], view)
     for _, operator in built.task.operators:
         if isinstance(operator, Perceive):
             operator.on_perception = seen.masks.append
@@ -80,6 +88,8 @@ def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
 
     with record_progress("objects in three seconds of a street") as on_progress:
         result = built.run(None, on_progress, seen.see)
+    if view is not None:
+        view.close()
     with status("writing the tables"):
         parquet.write_table(detection_table(seen.records), out / "detections.parquet", compression="zstd")
     summary = _summary(out, seen.records, result, built.task.metrics.summary())

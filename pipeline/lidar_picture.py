@@ -22,7 +22,7 @@ from stepstream.connectors.records import Detections, Sweep
 from stepstream.operators.grid import Grid
 from stepstream.operators.perception import Perception
 
-__all__ = ["Scene", "animation", "corners_of", "points_inside", "still"]
+__all__ = ["Scene", "animation", "class_colour", "corners_of", "points_inside", "still", "track_colour"]
 
 _INK, _MAP, _POINT, _LOOSE = "#16202c", "#d9e0e9", "#6b7888", "#b4bdc9"
 _CLASSES = {
@@ -71,7 +71,8 @@ def points_inside(points: npt.NDArray[np.float32], seen: Detections) -> npt.NDAr
     return found
 
 
-def _colour(track: int) -> Any:
+def track_colour(track: int) -> Any:
+    """Of a track's number, -1 for none: "#rrggbb" or three numbers from 0 to 1."""
     return _TRACKS[track % len(_TRACKS)] if track >= 0 else _LOOSE
 
 
@@ -93,19 +94,20 @@ def _draw(axes: Axes, scene: Scene) -> None:
     _legend(axes, scene.masks)
     tracks = seen.track_ids.tolist()
     masked = points[of >= 0]
-    colours = [_colour(tracks[k]) for k in of[of >= 0]]
+    colours = [track_colour(tracks[k]) for k in of[of >= 0]]
     axes.scatter(*_from_above(masked[:, 0], masked[:, 1]), s=5, c=colours or None, linewidths=0)
     outlines = [
         np.column_stack(_from_above(box[[0, 1, 2, 3, 0], 0], box[[0, 1, 2, 3, 0], 1])) for box in corners_of(seen)
     ]
     widths = [1.3 if track >= 0 else 0.6 for track in tracks]
-    axes.add_collection(LineCollection(outlines, colors=[_colour(track) for track in tracks], linewidths=widths))
+    axes.add_collection(LineCollection(outlines, colors=[track_colour(track) for track in tracks], linewidths=widths))
     _label(axes, seen)
     axes.set_xlim(left, right)
     axes.set_ylim(grid.low[0], grid.low[0] + wide)
 
 
-def _class_colour(name: str) -> str:
+def class_colour(name: str) -> str:
+    """Of a class of points: "#rrggbb"."""
     return _POINT if name == "none" else _CLASSES.get(name, _OBJECT)
 
 
@@ -113,7 +115,7 @@ def _mask_colours(scene: Scene, which: npt.NDArray[np.bool_]) -> Any:
     """Of the points that are in no box, by the class that the network gave them."""
     if scene.masks is None:
         return _POINT
-    palette = np.array([_class_colour(name) for name in scene.masks.classes])
+    palette = np.array([class_colour(name) for name in scene.masks.classes])
     return palette[scene.masks.point_classes[which]].tolist()
 
 
@@ -122,7 +124,7 @@ def _legend(axes: Axes, masks: Perception | None) -> None:
     there = [] if masks is None else [masks.classes[at] for at in np.unique(masks.point_classes) if at]
     for row, name in enumerate(there):
         at = (0.012, 0.985 - 0.026 * row)
-        axes.text(*at, name, fontsize=7, color=_class_colour(name), va="top", transform=axes.transAxes)
+        axes.text(*at, name, fontsize=7, color=class_colour(name), va="top", transform=axes.transAxes)
 
 
 def _label(axes: Axes, seen: Detections) -> None:
@@ -131,10 +133,10 @@ def _label(axes: Axes, seen: Detections) -> None:
         if track < 0:
             continue
         x, y = _from_above(centre[0], centre[1])
-        axes.text(float(x) + 1.5, float(y) + 1.0, str(track), fontsize=8, color=_colour(track), clip_on=True)
+        axes.text(float(x) + 1.5, float(y) + 1.0, str(track), fontsize=8, color=track_colour(track), clip_on=True)
         if np.isfinite(velocity).all() and math.hypot(velocity[0], velocity[1]) > 1:
             to = _from_above(centre[0] + velocity[0] / 2, centre[1] + velocity[1] / 2)
-            axes.plot([x, to[0]], [y, to[1]], color=_colour(track), linewidth=1.0)
+            axes.plot([x, to[0]], [y, to[1]], color=track_colour(track), linewidth=1.0)
 
 
 def _frame(scene: Scene, title: str) -> Image.Image:

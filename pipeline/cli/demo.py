@@ -38,6 +38,10 @@ def demo(
         float | None,
         typer.Option("--days", min=0.05, help="Only so many days of the traffic recording.", show_default="all"),
     ] = None,
+    rerun: Annotated[
+        str | None,
+        typer.Option("--rerun", metavar="view|FILE|ADDRESS", help="Show the lidar demo in Rerun while it runs."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -48,7 +52,10 @@ def demo(
         raise WrongUse(f"demo {name!r}: no such demo{suggestion(name, list(DEMOS))} (demos: {', '.join(DEMOS)})")
     if days is not None and name != "traffic":
         raise WrongUse(f"--days: is for the demo of traffic, not of {name}")
-    options = {} if days is None else {"days": days}
+    if rerun is not None and name != "lidar":
+        raise WrongUse(f"--rerun: is for the demo of lidar, not of {name}")
+    given = {"days": days, "rerun": rerun}
+    options = {key: value for key, value in given.items() if value is not None}
     summary: dict[str, Any] = import_module(DEMOS[name]).run_demo(out, console=console(stderr=as_json), **options)
     if as_json:
         emit_json(summary)

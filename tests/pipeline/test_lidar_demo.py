@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import json
 import math
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,26 @@ def coloured(png: bytes) -> tuple[float, float]:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     rows, columns = np.nonzero(pixels.max(axis=2) - pixels.min(axis=2) > 120)
     return float(columns.mean()) / pixels.shape[1], float(rows.mean()) / pixels.shape[0]
+
+
+def test_rerun_is_shown_each_sweep(tmp_path: Path) -> None:
+    pytest.importorskip("rerun", reason="rerun-sdk is not installed")
+    file = tmp_path / "street.rrd"
+    command = ["demo", "lidar", "--out", str(tmp_path / "out"), "--rerun", str(file), "--json"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    told = subprocess.run(["rerun", "rrd", "stats", str(file)], capture_output=True, text=True, check=True).stdout
+    # Points and boxes of 32 sweeps, and what Rerun says of the recording.
+    rows = re.search(r"num_rows = (\d+)", told)
+    assert rows is not None and int(rows[1]) >= 64, told
+
+
+def test_rerun_that_is_not_there_is_said(tmp_path: Path) -> None:
+    wrong = CliRunner().invoke(app, ["demo", "traffic", "--rerun", "view"])
+    assert wrong.exit_code == 2 and "--rerun: is for the demo of lidar, not of traffic" in wrong.output
+    if importlib.util.find_spec("rerun") is None:
+        missing = CliRunner().invoke(app, ["demo", "lidar", "--out", str(tmp_path / "out"), "--rerun", "view"])
+        assert missing.exit_code == 1 and 'pip install "stepstream[rerun]"' in missing.output
 
 
 def test_points_have_the_colour_of_their_class() -> None:
