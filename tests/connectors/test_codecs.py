@@ -30,7 +30,7 @@ def back(value: Any, form: Any = None) -> Any:
     | forecasts(finite_only=True)
     | interactions
     | link_scores(finite_only=True)
-    | activities(finite_only=True)
+    | activities()
 )
 def test_json_gives_back_what_was_written(value: Any) -> None:
     assert same(back(value, "json"), value)

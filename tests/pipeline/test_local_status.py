@@ -76,8 +76,13 @@ def test_a_run_shows_where_it_stands_and_that_it_went_on_after_a_kill(tmp_path: 
     assert partition["lag"] == partition["high_watermark"] - partition["next_offset"] > 0
     assert partition["state_bytes"] == partition["snapshot"]["bytes"] > 1000
     assert partition["watermark"] <= partition["newest_event_time"] and partition["newest_event_time"][:4] == "2024"
-    forecast = next(o for o in status["operators"] if o["name"] == "forecast")
-    assert forecast["model"] == "sttn" and len(forecast["weights"]) == 64 and forecast["state_bytes"] > 0
+
+    def forecast() -> dict[str, Any]:
+        return next(o for o in get(port, "status")[1]["operators"] if o["name"] == "forecast")
+
+    # Told every few seconds, so perhaps not since the first forecast.
+    until(lambda: forecast()["state_bytes"] > 0, running)
+    assert forecast()["model"] == "sttn" and len(forecast()["weights"]) == 64
     assert status["totals"]["restored"] == {"snapshot": 0, "log": 0}
     running.signal(signal.SIGKILL)
     running.wait()
