@@ -196,7 +196,8 @@ class TwoProcesses:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert self._worker.stdin is not None
-        self._worker.stdin.write(json.dumps(self._start).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next line finds
+            self._worker.stdin.write(json.dumps(self._start).encode() + b"\n")
         if self._answer() != READY:
             how = self._end()
             raise WorkerDied(f"the process for reconstruction did not start: {how}")

@@ -50,7 +50,7 @@ def test_a_worker_that_hangs_is_replaced_and_one_that_cannot_start_is_a_clear_er
         os.kill(stopped, signal.SIGSTOP)
         monkeypatch.setattr(pair, "_patience", 0.2)
         monkeypatch.setattr("sys.executable", "/bin/false")
-        with pytest.raises(WorkerDied, match="with exit code 1"):
+        with pytest.raises(WorkerDied, match="did not start: with exit code 1"):
             pair.step(at(x, 1), state)
         assert pair.restarts == 1
         for name, leaf in flat_leaves(kept).items():
