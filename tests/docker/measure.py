@@ -26,7 +26,7 @@ from kafka.errors import KafkaError
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine import Engine, unavailable
-from images import build_image
+from images import IMAGE, build_image
 from stack import Reader, Stack, judge, network_on, wait_until
 from stand_ins import KAFKA, PROMETHEUS, stand_in
 
@@ -35,7 +35,6 @@ from stepstream.connectors.kafka import KafkaSink
 from stepstream.connectors.records import Origin, Record, SensorFrame
 from stepstream.connectors.replay import open_dataset
 
-IMAGE = "stepstream:test"
 RATE = 600
 """Times real time: two frames a second, for each of four networks."""
 
