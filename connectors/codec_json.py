@@ -20,6 +20,7 @@ from stepstream.connectors.base import InputError
 from stepstream.connectors.codec_json_events import read_slice, slice_fields
 from stepstream.connectors.node_ids import MAX_FEATURES, node_fault, text_fault
 from stepstream.connectors.records import (
+    Activity,
     EventSlice,
     Forecast,
     Interaction,
@@ -318,6 +319,32 @@ def read_link_scores(fields: Mapping[str, Any]) -> LinkScores:
     )
 
 
+def activity_fields(activity: Activity) -> dict[str, Any]:
+    return {name: getattr(activity, name) for name in Activity.__slots__}
+
+
+def read_activity(fields: Mapping[str, Any]) -> Activity:
+    classes = tuple(_list(fields, "classes"))
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        raise InputError("classes: expected different names")
+    label, onset, until = _text(fields, "label"), _integer(fields, "onset_ns"), _integer(fields, "until_ns")
+    if label not in classes:
+        raise InputError(f"label: expected one of the classes, got {label!r:.60}")
+    if not onset <= until:
+        raise InputError(f"until_ns: expected at least onset_ns ({onset}), got {until}")
+    return Activity(
+        label,
+        _number(fields, "confidence"),
+        onset,
+        until,
+        _boolean(fields, "ongoing"),
+        classes,
+        _floats("probabilities", _list(fields, "probabilities"), (len(classes),)),
+        _text(fields, "model"),
+        _text(fields, "weights"),
+    )
+
+
 JSON_FIELDS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[Mapping[str, Any]], Any]]] = {
     Reading: (reading_fields, read_reading),
     SensorFrame: (frame_fields, read_frame),
@@ -326,6 +353,7 @@ JSON_FIELDS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[Mapping
     Interaction: (interaction_fields, read_interaction),
     LinkScores: (link_scores_fields, read_link_scores),
     EventSlice: (slice_fields, read_slice),
+    Activity: (activity_fields, read_activity),
 }
 """Payload type -> (its JSON fields, the payload from JSON fields). Another payload adds one line, or its own entry."""
 

@@ -30,6 +30,7 @@ from stepstream.connectors.bev_grids import Grid, decode_grid, encode_grid
 from stepstream.connectors.codec_json import kind_of
 from stepstream.connectors.event_frames import EventFrame, decode_event_frame, encode_event_frame
 from stepstream.connectors.records import (
+    Activity,
     Detections,
     EventSlice,
     Forecast,
@@ -116,8 +117,8 @@ def _json_decoder(payload: type) -> Callable[[bytes], Any]:
 
 
 def encode(value: object, form: Form | None = None) -> Encoded:
-    """`value` as bytes, in its default form (Reading, Score, Interaction: json; SensorFrame, Forecast, LinkScores,
-    NodeMemory, Sweep, EventSlice, Detections, Grid: arrow) or the one asked for.
+    """`value` as bytes, in its default form (Reading, Score, Interaction, Activity: json; SensorFrame, Forecast,
+    LinkScores, NodeMemory, Sweep, EventSlice, Detections, Grid: arrow) or the one asked for.
 
     Raises InputError if the type has no such form. Units and shapes are those of the payload's class.
     """
@@ -187,7 +188,7 @@ def json_kinds() -> Mapping[str, type]:
     return {kind_of(payload): payload for payload in codec_json.JSON_FIELDS}
 
 
-for _payload in (Reading, Score, Interaction):
+for _payload in (Reading, Score, Interaction, Activity):
     register_codec(_payload, "json", _json_encoder(_payload), _json_decoder(_payload))
 register_codec(SensorFrame, "arrow", codec_arrow.encode_frame, codec_arrow.decode_frame)
 register_codec(SensorFrame, "json", _json_encoder(SensorFrame), _json_decoder(SensorFrame))

@@ -31,6 +31,7 @@ _FILE_OF_KIND = {
     "sensor_frame": "sensor_frames.jsonl",
     "interaction": "interactions.jsonl",
     "sweep": "sweeps.jsonl",
+    "activity": "activities.jsonl",
 }
 _DEAD_LETTERS = "dead_letters.jsonl"
 _PARQUET = "forecasts.parquet"

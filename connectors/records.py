@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Activity",
     "Detections",
     "EventSlice",
     "Forecast",
@@ -241,9 +242,30 @@ class EventSlice:
     boot_id: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a camera sees happening, at the record's event time: `label`, since `onset_ns`, last seen at `until_ns`.
+
+    Times are nanoseconds since the epoch (or the recording's own zero). `ongoing`: False tells that it has ended.
+    `confidence`: the label's probability, averaged over the last moments, when it was last judged. `classes`: K names;
+    `probabilities`: float32 [K], those averages of all classes at the event time. `model`, `weights`: the registered
+    name and the sha256 of its weights.
+    """
+
+    label: str
+    confidence: float
+    onset_ns: int
+    until_ns: int
+    ongoing: bool
+    classes: tuple[str, ...]
+    probabilities: FloatArray
+    model: str
+    weights: str
+
+
 Payload: TypeAlias = Any
 """`Reading`, `SensorFrame`, `Sweep`, `EventSlice`, `Interaction`, `Forecast`, `Detections`, `LinkScores`, `NodeMemory`,
-`Score`, or any other frozen dataclass: operators name those they consume."""
+`Activity`, `Score`, or any other frozen dataclass: operators name those they consume."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def copy_rows(state: Tree, rows: Tensor) -> Tree:
 def close_rows(state: Tree, fresh: Tree, rows: Tensor) -> None:
     """Resets slots to a fresh stream, in place; `fresh` is `initial_state(1)`."""
     for leaf, new in zip(_leaves(state), _leaves(fresh), strict=True):
-        leaf[rows] = new.to(leaf.device)
+        leaf[rows.to(leaf.device)] = new.to(leaf.device)
 
 
 def state_bytes_per_stream(state: Tree) -> int:

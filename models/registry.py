@@ -61,6 +61,15 @@ _ENTRIES = (
         "a recurrent cell of torch-geometric-temporal: DCRNN, GConvGRU, GConvLSTM, GCLSTM, TGCN, A3TGCN",
     ),
     ModelEntry(
+        "eventtransact",
+        "stepstream.models.eventtransact:EventTransAct",
+        "events",
+        "model",
+        "continual: layers (memory - 1) + 1; exact: memory",
+        "window form, to 1e-5 in float32",
+        "transformer along time over embeddings of event frames",
+    ),
+    ModelEntry(
         "persistence",
         "stepstream.models.persistence:Persistence",
         "traffic",
@@ -95,6 +104,15 @@ _ENTRIES = (
         "unbounded",
         "parallel scan, to 1e-4 in float32",
         "convolutional state spaces on event frames",
+    ),
+    ModelEntry(
+        "ppn",
+        "stepstream.models.ppn:PPN",
+        "lidar",
+        "model",
+        "ppn: history; pyramid: levels (temporal - 1) + 1",
+        "window form, to 1e-5 in float32",
+        "two networks over a history of maps: classes of points, and the next map",
     ),
     ModelEntry(
         "edgebank",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, KeysView, Sequence
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -37,10 +37,14 @@ class InferOptions(base.Options):
     compile: bool = False
 
 
+class _HasState(Protocol):
+    def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree: ...
+
+
 class StateRows:
     """The state of many streams in one tree of tensors; each key owns a row, freed rows are used again."""
 
-    def __init__(self, model: StreamModel, device: str) -> None:
+    def __init__(self, model: _HasState, device: str) -> None:
         self._model, self._device = model, device
         self.state: Tree = model.initial_state(1, device)
         self._fresh: Tree = model.initial_state(1, device)

@@ -46,7 +46,8 @@ class Guard:
 
     Both are told by what they lost on each interaction before it was taken in, and on some by the rank that they gave
     to what came. The frozen one is heard first. The learning one takes over when over all the blocks it lost less by
-    the share `margin`, and did not rank worse; it falls back when it lost more or ranked worse at all: between the two
+    the share `margin`, and ranked better by twice the standard error of what is compared, if anything was ranked; it
+    falls back when it lost more or ranked worse at all: between the two
     nothing changes, so that they do not take turns on noise. Both measures, as weights that learn on can lose less by
     what they say of links that are new, and put those that were in a worse order (docs/graphs.md). Meanwhile it goes on
     learning unheard, which was measured to be better than beginning anew. Only when it lost more than twice as
@@ -91,6 +92,20 @@ class Guard:
         frozen, learning = (math.fsum(column) / len(self._lost) for column in zip(*self._lost, strict=True))
         return frozen, learning
 
+    @property
+    def _gain(self) -> tuple[float, float]:
+        """By how much the learning one's mean reciprocal rank is higher, and the standard error of that, from the
+        spread of the blocks; zeros where nothing was ranked.
+        """
+        gains = [(learning - frozen) / count for frozen, learning, count in self._ranked if count]
+        if not gains:
+            return 0.0, 0.0
+        mean = math.fsum(gains) / len(gains)
+        if len(gains) == 1:
+            return mean, 0.0
+        variance = math.fsum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)
+        return mean, math.sqrt(variance / len(gains))
+
     def close(self) -> Verdict:
         """Ends a block, and decides."""
         mean = [total / self._count for total in self._sums]
@@ -101,16 +116,15 @@ class Guard:
         self._ranked = [*self._ranked, self._ranks][-self._blocks :]
         self._ranks = [0.0, 0.0, 0.0]
         frozen, learning = self.losses
-        before, now = self.mean_reciprocal_ranks
-        ranks_worse = now < before  # False where nothing was ranked
+        gain, error = self._gain
         share = len(self._lost) / self._blocks
         # Not only when the window is full: a collapse is not waited out.
         if share * (learning - frozen) > (_COLLAPSE - 1) * frozen:
             return self.forget()
-        if self.serves and (learning > frozen or ranks_worse):
+        if self.serves and (learning > frozen or gain < 0):
             self.serves = False
             return "falls back"
-        if not (self.serves or ranks_worse) and share == 1 and learning < (1 - self._margin) * frozen:
+        if not self.serves and share == 1 and learning < (1 - self._margin) * frozen and gain >= 2 * error:
             self.serves = True
             return "takes over"
         return "go on"

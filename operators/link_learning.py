@@ -25,11 +25,12 @@ _MET = 32
 """How many of the destinations that a source met last are drawn from, as many as NAT's cache can hold."""
 
 
-_RANKED_EVERY = 4
-"""One interaction in so many is ranked for the guard: with both models that is a sixth of what learning costs."""
+_RANKED_EVERY = 16
+"""One interaction in so many is ranked for the guard."""
 
-_RANKED_AMONG = 64
-"""How many of the destinations that a source did not meet lately it is ranked among; they stand for all of these."""
+_RANKED_ALL, _RANKED_AMONG = 1024, 256
+"""Of more destinations than the first, an interaction is ranked among those that its source met last and so many that
+stand for all others. (64 could not tell an MRR of .745 from one of .751: each stood for 15.)"""
 
 
 class Drawn(NamedTuple):
@@ -128,40 +129,45 @@ class GraphLearning:
         """
         source, destination, time_ns, _ = batch
         first = -self._seen % _RANKED_EVERY
-        rows, weights = [], []
+        asked: list[tuple[list[int], list[float]]] = []
         met: dict[int, list[int]] = {}
         for i, (mine, true) in enumerate(zip(source.tolist(), destination.tolist(), strict=True)):
             before = met.get(mine, self._met.get(mine, []))
             met[mine] = _met_after(before, true)
             if i % _RANKED_EVERY == first:
-                near = [node for node in before if node != true]
-                drawn = self._others(self._seen + i, known, {true, *near})
-                # All destinations, but those that stand for themselves.
-                rest = max(0, len(known) - len(near) - 1)
-                each = rest / len(drawn) if drawn else 0.0
-                room = _MET + _RANKED_AMONG - len(near) - len(drawn)
-                rows.append([true, *near, *drawn, *[true] * room])
-                weights.append([1.0] * len(near) + [each] * len(drawn) + [0.0] * room)
-        if not rows:
+                asked.append(self._asked(self._seen + i, true, before, known))
+        if not asked:
             return
         some = slice(first, None, _RANKED_EVERY)
-        candidates, stands_for = torch.tensor(rows), np.array(weights)
+        width = max(len(candidates) for candidates, _ in asked)
+        candidates = torch.tensor([row + row[:1] * (width - len(row)) for row, _ in asked])
+        stands_for = np.array([weights + [0.0] * (width - 1 - len(weights)) for _, weights in asked])
         ranks = [
             reciprocal_ranks(model.score(state, source[some], candidates, time_ns[some]).numpy(), stands_for)
             for model, state in ((self._frozen, frozen), (self.model, self.state))
         ]
         self.guard.rank(*ranks)
-        context.count("ranked", len(rows))
+        context.count("ranked", len(asked))
         for name, found in zip(("frozen", "learned"), ranks, strict=True):
             context.count(f"reciprocal_rank_{name}_millionths", round(1e6 * float(found.sum())))
 
-    def _others(self, number: int, known: Sequence[int], but: set[int]) -> list[int]:
-        """Some distinct destinations that are not `but`, decided by seed and number of the interaction: all, if few."""
-        if len(known) <= _RANKED_AMONG:
-            return [node for node in known if node not in but]
+    def _asked(
+        self, number: int, true: int, before: Sequence[int], known: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        """Whom interaction `number` is ranked among, the true one first, and how many each of the others stands for.
+
+        Distinct ones, decided by seed and number alone: all that are known, or those that the source met last and some.
+        """
+        if len(known) <= _RANKED_ALL:
+            others = [node for node in known if node != true]
+            return [true, *others], [1.0] * len(others)
+        near = [node for node in before if node != true]
         numbers = torch.arange(number * _RANKED_AMONG, (number + 1) * _RANKED_AMONG)
         places = slots(numbers, 1 << 53, self._options.seed + 1).tolist()
-        return [node for node in dict.fromkeys(known[place % len(known)] for place in places) if node not in but]
+        but = {true, *near}
+        drawn = [node for node in dict.fromkeys(known[place % len(known)] for place in places) if node not in but]
+        each = max(0, len(known) - len(near) - 1) / len(drawn) if drawn else 0.0
+        return [true, *near, *drawn], [1.0] * len(near) + [each] * len(drawn)
 
     def settle(self, frozen: GraphState, destinations: int, context: Context) -> None:
         """At the end of a window: who is heard from now on, and a step of learning. `frozen`: the state with it."""

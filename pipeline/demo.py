@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from stepstream.pipeline.pipeline import Built
 
-__all__ = ["HORIZONS_MIN", "INTERVAL", "MODELS", "StepTimes", "claim", "demo_pipeline", "run_demo", "working"]
+__all__ = ["HORIZONS_MIN", "INTERVAL", "MODELS", "StepTimes", "claim_folder", "demo_pipeline", "run_demo", "status"]
 
 MODELS = ("sttn", "persistence", "weekly-average")
 HORIZONS_MIN = (15, 30, 60)
@@ -43,7 +43,7 @@ INTERVAL = 0.9
 _DAY_NS = 86_400 * 1_000_000_000
 _MARKER = ".stepstream-demo"
 _MARKER_TEXT = "Made by `stepstream demo`, which deletes its outputs in this folder when it runs here again.\n"
-# What a demo makes: this and nothing else is deleted by the next one.
+# What demos make: this and nothing else is deleted by the next one, whichever it is.
 _MADE = (
     "summary.json",
     "report.html",
@@ -56,6 +56,8 @@ _MADE = (
     "detections.parquet",
     "bev.gif",
     "bev.png",
+    "activities.jsonl",
+    "activities.gif",
     ".parts",
     ".stepstream",
 )
@@ -109,8 +111,8 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
     `out` may be new, empty, or hold an earlier demo, whose outputs are replaced; anything else is refused.
     `summary.json` in `out` has the same values. Raises InputError.
     """
-    with working("loading the models"):
-        claim(out)
+    with status("loading the models"):
+        claim_folder(out)
         pipeline = demo_pipeline(out, days)
         built = pipeline.build()
     times = _watch_steps(built)
@@ -121,7 +123,7 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
         result = built.run(None, on_progress, scores.see)
     summary = _summarise(out, days, result, times, scores.rows())
     write_atomic(out / "summary.json", [json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n"])
-    with working("drawing the report"):
+    with status("drawing the report"):
         from stepstream.pipeline.report import write_report
 
         write_report(out)
@@ -130,7 +132,7 @@ def run_demo(out: Path, *, days: float | None = None, console: Console) -> dict[
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
+def status(text: str) -> Iterator[None]:
     """A line on stderr while something takes a moment, if somebody watches."""
     from stepstream.pipeline.cli.common import progress_console
 
@@ -139,8 +141,8 @@ def working(text: str) -> Iterator[None]:
         yield
 
 
-def claim(out: Path) -> None:
-    """Makes `out` an empty demo folder."""
+def claim_folder(out: Path) -> None:
+    """Makes `out` an empty demo folder: what an earlier one made there is deleted. Raises InputError."""
     if out.is_symlink() or out.exists():
         if not out.is_dir():
             raise InputError(f"--out: {out} is a file; expected a folder, or a name for a new one")

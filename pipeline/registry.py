@@ -50,6 +50,8 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "shard-links": "stepstream.operators.shard_links:ShardLinks",
         "null": "stepstream.operators.null:Null",
         "track": "stepstream.operators.track:Track",
+        "recognize": "stepstream.operators.recognize:Recognize",
+        "perceive": "stepstream.operators.perceive:Perceive",
         "voxelize": "stepstream.operators.voxelize:Voxelize",
     },
     "engine": {

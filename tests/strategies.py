@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from stepstream.connectors.records import (
+    Activity,
     Detections,
     Forecast,
     Interaction,
@@ -155,7 +156,19 @@ node_memories = st.builds(
     texts,
     st.dictionaries(names, leaf_arrays, min_size=1, max_size=4),
 )
-payloads = readings | frames() | forecasts() | scores | interactions | link_scores() | detections()
+
+
+@st.composite
+def activities(draw: st.DrawFn, finite_only: bool = False) -> Activity:
+    """Activities of 1 to 5 classes."""
+    classes = tuple(draw(st.lists(names, min_size=1, max_size=5, unique=True)))
+    onset, until = sorted(draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=2)))
+    values = draw(float32s((len(classes),), finite_only))
+    label, ongoing = draw(st.sampled_from(classes)), draw(st.booleans())
+    return Activity(label, draw(st.floats(0, 1)), onset, until, ongoing, classes, values, draw(texts), draw(texts))
+
+
+payloads = readings | frames() | forecasts() | scores | interactions | link_scores() | detections() | activities()
 json_payloads = (
     readings
     | frames(finite_only=True)
@@ -164,6 +177,7 @@ json_payloads = (
     | interactions
     | link_scores(finite_only=True)
     | detections(finite_only=True)
+    | activities(finite_only=True)
 )
 origins = st.builds(Origin, texts, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1))
 paths = st.lists(st.integers(0, 2**31), max_size=3).map(tuple)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from stepstream.connectors.records import Interaction, NodeId, Origin, Reading, Record, SensorFrame
 from stepstream.operators.base import Operator
@@ -82,6 +83,8 @@ def plain(value: Any) -> Any:
     """A value with every array as (dtype, shape, bytes): equal exactly if the values are equal bit for bit."""
     if isinstance(value, np.ndarray):
         return (str(value.dtype), value.shape, value.tobytes())
+    if isinstance(value, torch.Tensor):
+        return plain(value.numpy())
     if isinstance(value, np.generic | float):
         return repr(value)
     if isinstance(value, dict):

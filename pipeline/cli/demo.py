@@ -1,9 +1,10 @@
-"""`stepstream demo`: the main job, on what is inside the package."""
+"""`stepstream demo`: what is inside the package, played through the shipped weights."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,34 +18,37 @@ Examples:
   stepstream demo --out la --days 2
   stepstream demo --json | jq .models
   stepstream demo lidar --out street        three seconds of a street: objects, tracks, a picture
+  stepstream demo events                    gestures before an event camera, told as they begin and end
 """
-DEMOS = ("traffic", "lidar")
+DEMOS = {
+    "traffic": "stepstream.pipeline.demo",
+    "lidar": "stepstream.pipeline.demo_lidar",
+    "events": "stepstream.pipeline.demo_events",
+}
+"""Name -> the module whose `run_demo(out, console=...)` it is; the first one is the default."""
 
 
 @verb
 def demo(
     name: Annotated[str, typer.Argument(help=f"Which demo: {', '.join(DEMOS)}.")] = "traffic",
-    out: Annotated[Path, typer.Option("--out", help="The folder for the outputs and summary.json.")] = Path("demo-out"),
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder for summary.json, the report or picture, and the outputs.")
+    ] = Path("demo-out"),
     days: Annotated[
-        float | None, typer.Option("--days", min=0.05, help="Only so many days of traffic.", show_default="all")
+        float | None,
+        typer.Option("--days", min=0.05, help="Only so many days of the traffic recording.", show_default="all"),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Replays a recording inside the package: a week of traffic, forecast live and scored, or a street in LiDAR."""
+    """Replays the recording inside the package through the shipped weights and says what came of it."""
     if name not in DEMOS:
         from stepstream.pipeline.registry import suggestion
 
         raise WrongUse(f"demo {name!r}: no such demo{suggestion(name, list(DEMOS))} (demos: {', '.join(DEMOS)})")
-    if name == "lidar":
-        if days is not None:
-            raise WrongUse(f"--days {days:g}: is for the demo traffic")
-        from stepstream.pipeline.lidar_demo import run_lidar_demo
-
-        summary = run_lidar_demo(out, console=console(stderr=as_json))
-    else:
-        from stepstream.pipeline.demo import run_demo
-
-        summary = run_demo(out, days=days, console=console(stderr=as_json))
+    if days is not None and name != "traffic":
+        raise WrongUse(f"--days: is for the demo of traffic, not of {name}")
+    options = {} if days is None else {"days": days}
+    summary: dict[str, Any] = import_module(DEMOS[name]).run_demo(out, console=console(stderr=as_json), **options)
     if as_json:
         emit_json(summary)

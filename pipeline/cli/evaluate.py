@@ -75,6 +75,9 @@ def evaluate(
         out.print(models_table("state refreshed in batches", rows))
         out.print(models_table("per event", {model: summary["per_event"], **summary["baselines_per_event"]}))
         return
+    if summary["task"] == "lidar":
+        out.print(models_table(f"{summary['split']} part", rows))
+        return
     out.print(metrics_table(rows))
 
 

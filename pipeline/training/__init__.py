@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar, cast
@@ -20,6 +21,14 @@ EVENT_CLASSIFIERS = ("sltt", "convs5-events")
 
 T = TypeVar("T")
 Progress = Callable[[Mapping[str, Any]], None]
+
+_TASKS = {
+    "traffic": ("traffic", "traffic"),
+    "graph": ("graph_fit", "graph"),
+    "events": ("event_fit", "events"),
+    "lidar": ("lidar", "lidar"),
+}
+"""Task -> the module beside this one that trains its models, and the one that evaluates them."""
 
 
 def resolve_device(device: str) -> str:
@@ -72,13 +81,8 @@ def train(
     resume = bool(given.pop("resume", True))
     if minutes is not None:
         given["minutes"] = minutes
-    fit: Any
-    if _task(model) == "graph":
-        from stepstream.pipeline.training import graph_fit as fit
-    elif model in EVENT_CLASSIFIERS:
-        from stepstream.pipeline.training import event_classifiers as fit
-    else:
-        from stepstream.pipeline.training import traffic as fit
+    module = "event_classifiers" if model in EVENT_CLASSIFIERS else _TASKS[_task(model)][0]
+    fit = import_module(f"{__name__}.{module}")
     found: dict[str, Any] = fit.train(
         model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event()
     )
@@ -96,16 +100,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model or baseline on a recording: {model, task, split, metrics, baselines, ...}.
 
-    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit". Raises InputError or
+    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit", of
+    lidar "poses" and "taxonomy". Raises InputError or
     WeightsError for what cannot be evaluated.
     """
-    if _task(model) == "graph":
-        from stepstream.pipeline.training import graph
-
-        return graph.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
-    from stepstream.pipeline.training import traffic
-
-    return traffic.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
+    task = import_module(f"{__name__}.{_TASKS[_task(model)][1]}")
+    found: dict[str, Any] = task.evaluate(
+        model, data, weights, resolve_device(device), dict(options or {}), on_progress
+    )
+    return found
 
 
 def _task(model: str) -> str:

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import forecasts, frames, interactions, link_scores, payloads, readings, same, scores
+from strategies import activities, forecasts, frames, interactions, link_scores, payloads, readings, same, scores
 
 from stepstream.connectors.base import InputError
 from stepstream.connectors.codecs import decode, encode, kind_of, parse_content_type, register_codec
 from stepstream.connectors.node_ids import interaction_fault
-from stepstream.connectors.records import Forecast, Interaction, LinkScores, Reading, SensorFrame
+from stepstream.connectors.records import Activity, Forecast, Interaction, LinkScores, Reading, SensorFrame
 
 
 def back(value: Any, form: Any = None) -> Any:
@@ -30,6 +30,7 @@ def back(value: Any, form: Any = None) -> Any:
     | forecasts(finite_only=True)
     | interactions
     | link_scores(finite_only=True)
+    | activities(finite_only=True)
 )
 def test_json_gives_back_what_was_written(value: Any) -> None:
     assert same(back(value, "json"), value)
@@ -200,7 +201,7 @@ def test_foreign_arrow_bodies_say_what_is_wrong(kind: str, columns: dict[str, pa
         ("text/plain", "expected application/vnd.stepstream"),
         ("application/vnd.stepstream.reading+json", "expected application/vnd.stepstream"),
         ("application/vnd.stepstream.reading+json; v=2", r"v=2 is unknown; known versions: \[1\]"),
-        ("application/vnd.stepstream.reading+arrow; v=1", r"reading\+arrow is unknown; known: detections\+arrow, "),
+        ("application/vnd.stepstream.reading+arrow; v=1", r"reading\+arrow is unknown; known: activity\+json"),
         ("application/vnd.stepstream.banana+json; v=1", r"banana\+json is unknown"),
     ],
 )
@@ -296,3 +297,23 @@ def test_another_payload_joins_with_its_own_codec() -> None:
 def test_an_unknown_form_names_the_forms_there_are() -> None:
     with pytest.raises(InputError, match="Reading has no 'arrow' form; expected json"):
         encode(Reading("a", 1.0), "arrow")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"label": "c"}, "label: expected one of the classes"),
+        ({"until_ns": 4}, "until_ns: expected at least onset_ns"),
+        ({"classes": ["a", "a"]}, "classes: expected different names"),
+        ({"classes": ["a", 7]}, "classes: expected different names"),
+        ({"probabilities": [0.5]}, "probabilities: expected numbers"),
+        ({"ongoing": "yes"}, "ongoing: expected true or false"),
+    ],
+)
+def test_an_activity_that_cannot_be_is_refused_by_field(change: dict[str, Any], said: str) -> None:
+    activity = Activity("a", 0.9, 5, 9, True, ("a", "b"), np.array([0.9, 0.1], np.float32), "m", "w")
+    encoded = encode(activity)
+    assert encoded.content_type == "application/vnd.stepstream.activity+json; v=1"
+    fields = orjson.loads(encoded.body)
+    with pytest.raises(InputError, match=said):
+        decode(encoded.content_type, orjson.dumps(fields | change))

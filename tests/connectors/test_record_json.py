@@ -70,7 +70,10 @@ def test_an_interaction_of_few_words() -> None:
         (b'{"key": "k", "sensor": "a", "value": 2}', "time: missing"),
         (b'{"key": "k", "sensor": "a", "time": "noon", "value": 2}', "time: expected ISO 8601"),
         (b'{"key": "k", "time": 1, "value": 2}', "sensor: missing"),
-        (b'{"key": "k", "type": "banana", "time": 1}', "type: 'banana' is unknown; known: detections, event_slice"),
+        (
+            b'{"key": "k", "type": "banana", "time": 1}',
+            "type: 'banana' is unknown; known: activity, detections, event_slice",
+        ),
         (b'{"key": "k", "source": 1.5, "destination": 1, "time": 1}', "source: expected an integer of 64 bits"),
         (b'{"key": "k", "source": 1, "destination": 1, "time": 1.5}', "time: expected ISO 8601 text or integer nano"),
         (b"{", "not JSON"),

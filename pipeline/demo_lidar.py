@@ -21,7 +21,7 @@ from stepstream.connectors.sweeps import SweepRecording
 from stepstream.connectors.times import format_time
 from stepstream.operators.voxelize import Voxelize
 from stepstream.pipeline.atomic import write_atomic
-from stepstream.pipeline.demo import claim, working
+from stepstream.pipeline.demo import claim_folder, status
 from stepstream.pipeline.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from stepstream.pipeline.lidar_picture import Scene
 
-__all__ = ["detection_table", "lidar_pipeline", "run_lidar_demo"]
+__all__ = ["detection_table", "lidar_pipeline", "run_demo"]
 
 _RECORDING = "ika_vlp32"
 _TITLE = "ika VLP-32C"
@@ -61,24 +61,24 @@ class _Seen:
         self.records += [record for record in records if isinstance(record.value, Detections)]
 
 
-def run_lidar_demo(out: Path, *, console: Console) -> dict[str, Any]:
+def run_demo(out: Path, *, console: Console) -> dict[str, Any]:
     """Replays the sweeps inside the package into `out`, draws what came out, tells `console`; returns the summary.
 
     `out` may be new, empty, or hold an earlier demo, whose outputs are replaced; anything else is refused. It gets
     detections.jsonl, detections.parquet, bev.gif, bev.png and summary.json. Raises InputError.
     """
-    claim(out)
+    claim_folder(out)
     built = lidar_pipeline(out).build()
     seen = _Seen([])
     from stepstream.pipeline.cli.progress import record_progress
 
     with record_progress("objects in three seconds of a street") as on_progress:
         result = built.run(None, on_progress, seen.see)
-    with working("writing the tables"):
+    with status("writing the tables"):
         parquet.write_table(detection_table(seen.records), out / "detections.parquet", compression="zstd")
     summary = _summary(out, seen.records, result, built.task.metrics.summary())
     write_atomic(out / "summary.json", [json.dumps(summary, indent=1, allow_nan=False).encode() + b"\n"])
-    with working("drawing the picture"):
+    with status("drawing the picture"):
         from stepstream.pipeline.lidar_picture import animation, still
 
         scenes = list(_scenes(open_recording(_recording_path()), seen.records, built.task.operators))
