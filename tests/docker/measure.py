@@ -96,7 +96,7 @@ def measure_rolling(engine: Engine, rounds: int) -> dict[str, Any]:
         both = Reader(stack)
         both.start()
         reader.stop()
-        verdict = judge(stack, both, 300)
+        verdict = judge(stack, both, timeout_s=300)
     return {
         "up_to_first_forecast_s": round(first, 1),
         "restarts": 3 * rounds,
