@@ -125,8 +125,8 @@ class _Run:
         self.standby = Standby(source.options, self.states, self._offsets, self._follow, self._replay)
         self.report = Report(self.states, self.topic, lambda p: self.consumer.highwater(TopicPartition(self.topic, p)))
         self.vitals = task.metrics.vitals
-        self.rebalances = kafka_group.Rebalances()
-        self.dead_letters = DeadLetterLog()
+        self.rebalances, self.dead_letters = kafka_group.Rebalances(), DeadLetterLog()
+        self.batch = kafka_group.BatchLimit(options.max_batch, options.session_timeout_ms / 5000)
         self.transactional_id = f"{self.group}-{options.instance or uuid.uuid4().hex}"
         self.consumer: KafkaConsumer = None
         self.manifests: KafkaConsumer | None = None
@@ -264,7 +264,7 @@ class _Run:
             self.doubted = bool(polled)
             return
         self.report.waited(polled)
-        reader, held = self.source.reader, self.states.held
+        began, reader, held = time.monotonic(), self.source.reader, self.states.held
         ahead = {place.partition: messages[-1].offset + 1 for place, messages in polled.items() if messages}
         records = self.states.admit(reader.records(polled))
         self.task.tracing.arrived(self.topic, polled)
@@ -272,6 +272,7 @@ class _Run:
         live = [r for r in records if r.origin.offset >= held[r.origin.partition].committed] if old else records
         self._replay(old)
         outcome = self.task.process(live)
+        self.batch.took(len(records), time.monotonic() - began)
         for partition, offset in ahead.items():
             # Reading begins before the state's offset, for chunks: what comes first there is behind the state.
             held[partition].offset = max(held[partition].offset, offset)
@@ -282,13 +283,13 @@ class _Run:
             self._commit(live, outcome, offsets, manifest, member)
         self.states.begin_snapshot()
         if self.options.standby:
-            self.standby.turn(self.rebalances.assigned, self.options.max_batch)
+            self.standby.turn(self.rebalances.assigned, self.batch.records)
         self.report.settled(self.rebalances.assigned, behind(self.states.held, self._position))
         self._report()
 
     def _poll(self) -> dict[TopicPartition, list[Any]]:
-        """The next messages; once there are some, for `max_wait_ms` more of them, up to `max_batch`."""
-        most = self.options.max_batch
+        """The next messages; once there are some, for `max_wait_ms` more of them, up to the batch's limit."""
+        most = self.batch.records
         polled: dict[TopicPartition, list[Any]] = self.consumer.poll(timeout_ms=_POLL_MS, max_records=most)
         count = sum(map(len, polled.values()))
         deadline = time.monotonic() + self.options.max_wait_ms / 1000

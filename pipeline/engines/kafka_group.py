@@ -1,4 +1,4 @@
-"""What the Kafka engine adds to its client: notes of rebalances and of where states begin, and calls that end."""
+"""What the Kafka engine adds to its client: notes of rebalances and state; batches not too long; calls that end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from stepstream.pipeline.engines.base import EngineError, WatchedSink
 from stepstream.pipeline.logs import get_logger
 
 __all__ = [
-    "Rebalances", "begin_note", "begin_of", "bounded", "check_group", "is_member", "on_one_cluster", "tell_lost",
+    "BatchLimit", "Rebalances", "begin_note", "begin_of", "bounded", "check_group", "is_member", "on_one_cluster",
+    "tell_lost",
 ]  # fmt: skip
 
 _LOG = get_logger(__name__)
 _BEGIN = "state from {}"
+_FIRST_BATCH = 32
 
 
 def check_group(group: str) -> None:
@@ -58,6 +60,25 @@ class Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         self.on_partitions_revoked(lost)
+
+
+class BatchLimit:
+    """How many records the next batch may have: at most `most`, and no more than are processed in about `longest_s`.
+
+    A process takes part in its group between two batches, so that every rebalance waits for the longest batch of any
+    member. It begins with a few records, doubles while full batches take less than half of `longest_s`, and goes down
+    in proportion after one that took longer.
+    """
+
+    def __init__(self, most: int, longest_s: float) -> None:
+        self.most, self.longest_s, self.records = most, longest_s, min(most, _FIRST_BATCH)
+
+    def took(self, records: int, seconds: float) -> None:
+        """So many records were processed in so many seconds."""
+        if records and seconds > self.longest_s:
+            self.records = max(1, min(self.records, int(records * self.longest_s / seconds)))
+        elif records >= self.records and 2 * seconds <= self.longest_s:
+            self.records = min(self.most, 2 * self.records)
 
 
 def bounded(call: Callable[[], object], within_s: float, name: str) -> None:

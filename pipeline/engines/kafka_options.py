@@ -10,7 +10,8 @@ __all__ = ["KafkaOptions"]
 
 
 class KafkaOptions(base.Options):
-    """`max_batch`: records of one transaction, for which a poll that found some waits up to `max_wait_ms` more.
+    """`max_batch`: records of one transaction at most, for which a poll that found some waits up to `max_wait_ms` more;
+    with slow models fewer, so that one takes about a fifth of `session_timeout_ms` and the group waits for nobody.
     `snapshots`: a folder or URL (s3://...) that all processes see; without one a start replays the whole log.
     `snapshot_every_s`: for each partition. `standby`: also follows the partitions that others have, to take them
     over warm; costs their state's memory, and the model's time once more. `instance`: this process's name, the

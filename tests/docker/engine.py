@@ -1,6 +1,7 @@
 """A Docker engine with compose for tests: the machine's own if there is one, else a `dockerd` that is started here.
 
 What is started here lives below `$STEPSTREAM_TEST_DOCKER` (default /tmp/stepstream-docker): socket, images and log.
+Several processes (pytest-xdist's) share one: whoever started it stops it when the others are done with it.
 It has no default bridge, so that it does not meddle with another engine's; containers talk over compose's networks.
 Compose is built from its Go module into `$STEPSTREAM_TEST_CACHE` (default ~/.cache/stepstream-tests) where it is not.
 """
@@ -15,9 +16,10 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 __all__ = ["CACHE", "COMPOSE_VERSION", "Engine", "unavailable"]
 
@@ -60,7 +62,7 @@ def _compose_file() -> Path | None:
 
 
 def _build_compose() -> Path:
-    """The folder to give as DOCKER_CONFIG: compose is its plugin. Built at the first call."""
+    """The folder to give as DOCKER_CONFIG: compose is its plugin. Built at the first call; RuntimeError if it fails."""
     folder = CACHE / f"compose-{COMPOSE_VERSION}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -77,7 +79,9 @@ def _build_compose() -> Path:
                 ("go", "get", "-tool", f"{package}/cmd@{COMPOSE_VERSION}"),
                 ("go", "build", "-ldflags", f"-s -w {version}", "-o", str(built), f"{package}/cmd"),
             ):
-                subprocess.run(step, cwd=module, check=True, capture_output=True, timeout=900)
+                done = subprocess.run(step, cwd=module, capture_output=True, text=True, timeout=900, check=False)
+                if done.returncode:
+                    raise RuntimeError(f"compose cannot be built: {' '.join(step)}: {done.stderr[-2000:]}")
             plugins = folder / "cli-plugins"
             plugins.mkdir(exist_ok=True)
             built.rename(plugins / "docker-compose")
@@ -94,6 +98,7 @@ class Engine:
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder, self.own = folder, not _has_engine()
         self.process: subprocess.Popen[bytes] | None = None
+        self._use: IO[str] | None = None
         self.environment = {**os.environ, "DOCKER_CLI_HINTS": "false", "COMPOSE_MENU": "false"}
         self.client = "docker"
         if self.own:
@@ -103,23 +108,59 @@ class Engine:
 
     def __enter__(self) -> Self:
         if self.own:
-            self._start()
-        if not self.answers("compose", "version"):
-            self.environment["DOCKER_CONFIG"] = str(_build_compose())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.alone("start"):
+                self._start()
+                self._use = (self.folder / "in-use").open("w")
+                fcntl.flock(self._use, fcntl.LOCK_SH)
+        try:
+            if not self.answers("compose", "version"):
+                self.environment["DOCKER_CONFIG"] = str(_build_compose())
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.process is None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops what was started here, when nobody else uses it any more."""
+        if self._use is None:
             return
-        self.process.send_signal(signal.SIGTERM)
+        while self.process is not None:
+            with self.alone("start"):
+                if self._alone_here():
+                    self._stop(self.process)
+                    break
+            time.sleep(0.5)
+        self._use.close()
+
+    def _alone_here(self) -> bool:
+        """Whether no other process uses the engine."""
+        assert self._use is not None
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(60)
+            process.wait(60)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            process.kill()
+            process.wait()
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Inside of it no other process does what has this name with the engine."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{what}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _start(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.answers("info"):
             return
         # dockerd that finds forwarding off turns it on and makes the firewall drop all that is not its own.

@@ -26,7 +26,7 @@ from kafka.errors import KafkaError
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine import Engine, unavailable
-from images import build_image
+from images import IMAGE, build_image
 from stack import Reader, Stack, judge, network_on, wait_until
 from stand_ins import KAFKA, PROMETHEUS, stand_in
 
@@ -35,7 +35,6 @@ from stepstream.connectors.kafka import KafkaSink
 from stepstream.connectors.records import Origin, Record, SensorFrame
 from stepstream.connectors.replay import open_dataset
 
-IMAGE = "stepstream:test"
 RATE = 600
 """Times real time: two frames a second, for each of four networks."""
 
@@ -97,7 +96,7 @@ def measure_rolling(engine: Engine, rounds: int) -> dict[str, Any]:
         both = Reader(stack)
         both.start()
         reader.stop()
-        verdict = judge(stack, both, 300)
+        verdict = judge(stack, both, timeout_s=300)
     return {
         "up_to_first_forecast_s": round(first, 1),
         "restarts": 3 * rounds,

@@ -31,7 +31,7 @@ __all__ = ["COMPOSE", "Output", "Reader", "Stack", "Verdict", "network_on", "wai
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 COMPOSE = DEPLOY / "compose.yaml"
-TRAFFIC = DEPLOY / "pipelines" / "traffic.yaml"
+PIPELINES = DEPLOY / "pipelines"
 PARTITIONS = 4
 WEEK = "/usr/share/stepstream/metr_la_week.npz"
 _LOG_BATCH = 64
@@ -125,9 +125,10 @@ class Stack:
         """The end of what a service's containers have logged."""
         return self.compose("logs", "--no-color", "--tail", str(lines), service)
 
-    def pipeline(self) -> Pipeline:
-        """The shipped pipeline, as this machine reaches the broker."""
-        return Pipeline.from_file(TRAFFIC, [], {"KAFKA_SERVERS": self.connection.servers, "HOSTNAME": "undisturbed"})
+    def pipeline(self, name: str = "traffic") -> Pipeline:
+        """A shipped pipeline, as this machine reaches the broker."""
+        given = {"KAFKA_SERVERS": self.connection.servers, "HOSTNAME": "undisturbed"}
+        return Pipeline.from_file(PIPELINES / f"{name}.yaml", [], given)
 
 
 @dataclass(frozen=True)
@@ -234,9 +235,9 @@ class Verdict:
         return self.found == self.expected > 0 and not wrong
 
 
-def input_log(stack: Stack) -> list[Record]:
-    """All input records as they stand in the topic, partition by partition."""
-    options = stack.pipeline().config.source.options
+def input_log(stack: Stack, pipeline: str) -> list[Record]:
+    """All input records as they stand in the pipeline's topic, partition by partition."""
+    options = stack.pipeline(pipeline).config.source.options
     assert isinstance(options, KafkaSource.Options)
     consumer = kafka_client.consumer(stack.connection)
     reader = MessageReader(options.topic, options.max_record_bytes, None)
@@ -263,9 +264,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def undisturbed(stack: Stack, log: list[Record]) -> dict[str, tuple[bytes, bytes, tuple[tuple[str, str], ...]]]:
+def undisturbed(
+    stack: Stack, log: list[Record], name: str
+) -> dict[str, tuple[bytes, bytes, tuple[tuple[str, str], ...]]]:
     """Id -> (key, value, headers) of what one process makes of the log."""
-    pipeline = stack.pipeline()
+    pipeline = stack.pipeline(name)
     assert isinstance(pipeline.config.sink.options, KafkaSink.Options)
     sink = KafkaSink(pipeline.config.sink.options)
     sink.pipeline = pipeline.name
@@ -276,15 +279,15 @@ def undisturbed(stack: Stack, log: list[Record]) -> dict[str, tuple[bytes, bytes
             outcome = task.process(log[start : start + _LOG_BATCH])
             for message in sink.messages(outcome.outputs, outcome.dead):
                 headers = headers_of(message.headers)
-                name = f"{message.topic} {headers['origin']} {headers.get('path', '')}"
-                outputs[name] = (message.key, message.value, tuple(sorted(headers.items())))
+                output = f"{message.topic} {headers['origin']} {headers.get('path', '')}"
+                outputs[output] = (message.key, message.value, tuple(sorted(headers.items())))
     return outputs
 
 
-def judge(stack: Stack, reader: Reader, timeout_s: float = 300) -> Verdict:
+def judge(stack: Stack, reader: Reader, pipeline: str = "traffic", timeout_s: float = 300) -> Verdict:
     """Waits until all that the log leads to is there, then a moment for what should not come. The input has ended."""
-    log = input_log(stack)
-    wanted = undisturbed(stack, log)
+    log = input_log(stack, pipeline)
+    wanted = undisturbed(stack, log, pipeline)
     with contextlib.suppress(TimeoutError):
         wait_until("all outputs", lambda: len(reader.outputs) >= len(wanted), timeout_s)
     time.sleep(2)

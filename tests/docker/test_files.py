@@ -37,6 +37,12 @@ def test_a_shipped_pipeline_is_one_that_runs(file: Path) -> None:
     assert [service["command"][0] for service in running] == ["topics", "run"]
 
 
+def test_every_worker_is_scraped() -> None:
+    (job,) = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (found,) = job["dns_sd_configs"]
+    assert set(found["names"]) == {name for name in SERVICES if name.endswith("worker")}
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_service_is_limited_and_has_no_privileges(name: str) -> None:
     service = SERVICES[name]

@@ -51,7 +51,7 @@ def cannot_cut() -> str | None:
 
 def _firewall(action: str) -> None:
     rule = ["-p", "tcp", "-m", "owner", "--uid-owner", str(CUT_USER), "-j", "DROP"]
-    subprocess.run(["iptables", action, "OUTPUT", *rule], check=True, capture_output=True)
+    subprocess.run(["iptables", "--wait", "30", action, "OUTPUT", *rule], check=True, capture_output=True)
 
 
 def cut_off(s: Scenario) -> Verdict:

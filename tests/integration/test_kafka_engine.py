@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ class Stream:
         self.connection = Connection(servers=broker.servers())
         create_topics(needed_topics(self.pipeline().config), partitions, 1)
 
-    def pipeline(self, sink: dict[str, Any] | None = None, **engine: Any) -> Pipeline:
+    def pipeline(
+        self, sink: dict[str, Any] | None = None, operators: Sequence[Any] | None = None, **engine: Any
+    ) -> Pipeline:
         servers = self.connection.servers
         return Pipeline.from_dict(
             {
                 "name": self.name,
                 "source": {"kafka": {"topic": f"{self.name}.in", "servers": servers}},
-                "operators": [{"align": {"every": "1min", "lateness": "0s"}}],
+                "operators": operators or [{"align": {"every": "1min", "lateness": "0s"}}],
                 "sink": {"kafka": {"topic": f"{self.name}.out", "servers": servers, **(sink or {})}},
                 "engine": {"kafka": {"snapshots": str(self.folder / "snapshots"), "snapshot_every_s": 0, **engine}},
             }
@@ -215,3 +217,25 @@ def test_two_processes_of_one_name_shut_each_other_out(stream: Stream) -> None:
     for thread in threads:
         thread.join(60)
     assert failures and "another process is 'one'" in str(failures[0])
+
+
+@pytest.mark.slow
+def test_a_slow_worker_with_a_backlog_shares_it_soon(stream: Stream) -> None:
+    """A rebalance waits for the batch in hand of every member: 512 of these records would be half a minute of work."""
+    stream.publish(0, 1200)
+    stop, begun, shared = threading.Event(), threading.Event(), threading.Event()
+    slow = [{"slow_model:Slow": {"each_s": 0.06}}]
+
+    def run(seen: threading.Event, most: int) -> None:
+        stream.pipeline(operators=slow, session_timeout_ms=5000).run(stop, lambda done, _: done >= most and seen.set())
+
+    # By then the first one's batches have grown as far as they may.
+    threads = [threading.Thread(target=run, args=given) for given in ((begun, 100), (shared, 1))]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    in_time = shared.wait(20)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert in_time, "the second worker has got no partition"

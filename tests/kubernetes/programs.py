@@ -14,7 +14,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["CACHE", "DEBIAN", "KUBERNETES", "PROGRAMS", "build_helm", "build_kubernetes", "helm", "kubectl", "missing"]
+__all__ = [
+    "CACHE",
+    "DEBIAN",
+    "KUBERNETES",
+    "PROGRAMS",
+    "build_helm",
+    "build_kubernetes",
+    "helm",
+    "kubectl",
+    "missing",
+    "wait_for_builds",
+]
 
 KUBERNETES, HELM = "v1.34.2", "v3.19.5"
 PROGRAMS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl")
@@ -65,6 +76,14 @@ def helm() -> str | None:
     """A helm: the one on the path, or the one that was built."""
     built = _BIN / "helm"
     return shutil.which("helm") or (str(built) if built.exists() else None)
+
+
+def wait_for_builds() -> None:
+    """Returns when no process is building any of it."""
+    lock = CACHE / "lock"
+    if lock.exists():
+        with lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_SH)
 
 
 def _go(folder: Path, *arguments: str, **environment: str) -> str:

@@ -1,6 +1,7 @@
 """The cluster run: a real one-node Kubernetes, every shipped manifest applied, a deployment put through its life.
 
-python -m tests.kubernetes.run [--image NAME:TAG --image-tar FILE] [--only PHASE]... [--out FOLDER]
+python -m tests.kubernetes.run [--image NAME:TAG --image-tar FILE [--new-image NAME:TAG]] [--only PHASE]...
+    [--out FOLDER]
 
 As root, with what programs.py says is needed. Without an image it makes a stand-in of this tree (stand_in.py).
 """
@@ -30,6 +31,9 @@ NAME = "docker.io/library/stepstream"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image", help="a name of the image in --image-tar")
+    parser.add_argument(
+        "--new-image", help="another name in it, which is rolled out; else the same image under a new name"
+    )
     parser.add_argument("--image-tar", type=Path, help="what `docker save` wrote")
     parser.add_argument("--only", action="append", help="a phase, or apply (every manifest); come-up is always one")
     parser.add_argument("--minutes", type=float, default=60, help="no phase is begun after so long")
@@ -40,7 +44,7 @@ def main() -> None:
     in_own_namespaces()
     folder = (arguments.out or Path(tempfile.mkdtemp(prefix="stepstream-kubernetes-"))).resolve()
     print(f"logs and results.json: {folder}", flush=True)
-    chosen = Chosen(arguments.image, arguments.image_tar, arguments.only, arguments.minutes * 60)
+    chosen = Chosen(arguments.image, arguments.new_image, arguments.image_tar, arguments.only, arguments.minutes * 60)
     results = run(folder, chosen)
     sys.exit(0 if results["exact"] else 1)
 
@@ -50,6 +54,7 @@ class Chosen:
     """What the command line says."""
 
     image: str | None
+    new_image: str | None
     tar: Path | None
     only: list[str] | None
     longest_s: float
@@ -78,7 +83,7 @@ def run(folder: Path, chosen: Chosen) -> dict[str, Any]:
     with KubeCluster(folder / "cluster", CACHE / "bin") as cluster:
         results["node ready after s"] = cluster.seconds["node ready"]
         print(f"node ready after {cluster.seconds['node ready']:.1f} s", flush=True)
-        images = import_images(cluster, chosen.image, chosen.tar)
+        images = import_images(cluster, chosen)
         if not chosen.only or "apply" in chosen.only:
             results["applied"] = apply_everything(cluster)
         keep()
@@ -110,18 +115,20 @@ def run(folder: Path, chosen: Chosen) -> dict[str, Any]:
     return results
 
 
-def import_images(cluster: KubeCluster, image: str | None, tar: Path | None) -> tuple[str, str]:
-    """Two names of the image, the second for a rollout; the sandbox's image beside them."""
+def import_images(cluster: KubeCluster, chosen: Chosen) -> tuple[str, str]:
+    """Two names of images, the second for a rollout; the sandbox's image beside them."""
     from stand_in import pause_image, stand_in, write_archive
 
     if PAUSE not in cluster.images():
         cluster.import_image(lambda out: write_archive({PAUSE: pause_image()}, out))
-    if tar is not None and image is not None:
+    if (tar := chosen.tar) is not None and chosen.image is not None:
         with tar.open("rb") as content:
             cluster.import_image(lambda out: shutil.copyfileobj(content, out))
-        name, _, tag = image.rpartition(":")
-        cluster.tag(image, second := f"{name}:{tag}-again")
-        return image, second
+        image = _long_name(chosen.image)
+        if chosen.new_image is not None:
+            return image, _long_name(chosen.new_image)
+        cluster.tag(image, again := f"{image}-again")
+        return image, again
     names = (f"{NAME}:0.1.0", f"{NAME}:0.1.1")
     made = {name: stand_in(name) for name in names}
     there = cluster.contents()
@@ -129,6 +136,11 @@ def import_images(cluster: KubeCluster, image: str | None, tar: Path | None) -> 
     cluster.import_image(lambda out: write_archive(made, out, there))
     print(f"imported {' and '.join(names)} in {time.monotonic() - began:.1f} s", flush=True)
     return names
+
+
+def _long_name(image: str) -> str:
+    """What containerd calls an image that `docker save` wrote under a short name."""
+    return image if "/" in image else f"docker.io/library/{image}"
 
 
 def apply_everything(cluster: KubeCluster) -> dict[str, int]:

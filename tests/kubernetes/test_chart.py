@@ -11,14 +11,20 @@ import yaml
 pytest.importorskip("kubernetes_validate")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from programs import helm, kubectl
+from programs import helm, kubectl, wait_for_builds
 from rendering import CHART, CHART_VALUES, DEPLOY, Object, comparable, kustomized, objects, rendered_chart
 from schemas import problems
 
-needs_helm = pytest.mark.skipif(
-    helm() is None, reason="no helm; `python -m tests.kubernetes.programs helm` builds it with Go"
-)
+needs_helm = pytest.mark.usefixtures("a_helm")
 needs_kubectl = pytest.mark.skipif(kubectl() is None, reason="no kubectl to render kustomizations with")
+
+
+@pytest.fixture(scope="module")
+def a_helm() -> None:
+    """One that is there or is being built right now (tests/prepare.py)."""
+    wait_for_builds()
+    if helm() is None:
+        pytest.skip("no helm; `python -m tests.kubernetes.programs helm` builds it with Go")
 
 
 @needs_helm
