@@ -39,8 +39,9 @@ class Backbone(nn.Module, ABC):
 
 
 def scatter_to_map(features: Tensor, cells: Tensor, sweeps: int, shape: tuple[int, int]) -> Tensor:
-    """Features [P, K] of distinct cells int64 [P, 3] (sweep, x, y) on a map of zeros [sweeps, K, X, Y]; copies, no
-    sums."""
+    """Features [P, K] of distinct cells int64 [P, 3] (sweep, x, y) on a map of zeros [sweeps, K, X, Y]: no
+    sums, copies.
+    """
     x, y = shape
     flat = (cells[:, 0] * x + cells[:, 1]) * y + cells[:, 2]
     empty = torch.zeros(sweeps * x * y, features.shape[1], dtype=features.dtype, device=features.device)

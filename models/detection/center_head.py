@@ -155,9 +155,8 @@ class CenterHead(nn.Module):
         self.branches = nn.ModuleDict(
             {name: nn.Sequential(convolved(width), nn.Conv2d(width, out, 3, 1, 1)) for name, out in outputs.items()}
         )
-        last = self.branches["heat"][1].bias
         # At first hardly anything is an object, else the many cells without one are all that is learned from.
-        nn.init.constant_(last, math.log(_FIRST_SCORE / (1 - _FIRST_SCORE)))
+        nn.init.constant_(self.get_parameter("branches.heat.1.bias"), math.log(_FIRST_SCORE / (1 - _FIRST_SCORE)))
 
     def forward(self, x: Tensor) -> HeadMaps:
         x = self.shared(x)

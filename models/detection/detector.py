@@ -92,8 +92,8 @@ PUBLISHED = DetectorConfig(
     min_radius=2,
     most=500,
 )
-"""DSVT's pillar form on Waymo, one sweep, one stage (tools/cfgs/dsvt_models/dsvt_plain_1f_onestage.yaml of its code, with
-pillars 6 m high), without the IoU branch. For a GPU."""
+"""DSVT's pillar form on Waymo, one sweep, one stage (tools/cfgs/dsvt_models/dsvt_plain_1f_onestage.yaml of its code),
+without the IoU branch. For a GPU."""
 
 
 class Seen(NamedTuple):
@@ -148,7 +148,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, points: Tensor) -> tuple[Boxes, Seen]:
-        """The `most` best boxes of one sweep, z in the sensor's frame as that of the points [N, 4], and what was seen."""
+        """The `most` best boxes of one sweep, z as that of the points [N, 4] in the sensor's frame, and what was seen."""
         ground = torch.tensor([0, 0, self.config.ground, 0], dtype=points.dtype, device=points.device)
         sweep = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         seen = self(points - ground, sweep, 1)

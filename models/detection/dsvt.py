@@ -107,8 +107,7 @@ class Position(nn.Module):
 
     def forward(self, inner: Tensor, window: int) -> Tensor:
         """x, y in the window int64 [P, 2] -> [P, C]."""
-        weight = self.layers[0].weight
-        return self.layers(inner.to(weight.dtype) - window / 2)
+        return self.layers(inner.to(torch.get_default_dtype()) - window / 2)
 
 
 class DSVTBlock(nn.Module):
@@ -132,8 +131,8 @@ class DSVT(Backbone):
     """DSVT of one stride: `blocks` blocks, their windows in turn `window` cells wide, and `hybrid` times as wide and
     moved by `shift` cells (half of `window` if None).
 
-    `set_size`: most pillars of a set, `heads`, `hidden`: of the attention and its feed-forward network. The defaults are
-    for a CPU; `detector.PUBLISHED` has the paper's sizes. Deterministic: sorts are stable, every pillar is read from
+    `set_size`: most pillars of a set, `heads`, `hidden`: of the attention and its feed-forward network. The defaults
+    are for a CPU; `detector.PUBLISHED` has the paper's sizes. Deterministic: sorts are stable, every pillar is read from
     one place, nothing is summed by atomics.
     """
 

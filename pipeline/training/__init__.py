@@ -77,6 +77,8 @@ def train(
         from stepstream.pipeline.training import graph_fit as fit
     elif model in EVENT_CLASSIFIERS:
         from stepstream.pipeline.training import event_classifiers as fit
+    elif _task(model) == "detection":
+        from stepstream.pipeline.training import lidar_detector as fit
     else:
         from stepstream.pipeline.training import traffic as fit
     found: dict[str, Any] = fit.train(
@@ -103,6 +105,10 @@ def evaluate(
         from stepstream.pipeline.training import graph
 
         return graph.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
+    if _task(model) == "detection":
+        from stepstream.pipeline.training import detector_scores
+
+        return detector_scores.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
     from stepstream.pipeline.training import traffic
 
     return traffic.evaluate(model, data, weights, resolve_device(device), dict(options or {}), on_progress)
