@@ -76,7 +76,7 @@ class Detect(Operator):
         return out
 
     def _detect(self, sweep: Sweep, context: Context) -> Detections:
-        returned: npt.NDArray[np.bool_] = np.isfinite(sweep.points).all(1)
+        returned = np.asarray(np.isfinite(sweep.points).all(1))
         returns = int(np.count_nonzero(returned))
         if returns < len(returned):
             context.count("no_return", len(returned) - returns)

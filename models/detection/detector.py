@@ -148,7 +148,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, points: Tensor) -> tuple[Boxes, Seen]:
-        """The `most` best boxes of one sweep, z as that of the points [N, 4] in the sensor's frame, and what was seen."""
+        """The `most` best boxes of one sweep of points [N, 4], z of both in the sensor's frame; and what was seen."""
         ground = torch.tensor([0, 0, self.config.ground, 0], dtype=points.dtype, device=points.device)
         sweep = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         seen = self(points - ground, sweep, 1)

@@ -132,8 +132,8 @@ class DSVT(Backbone):
     moved by `shift` cells (half of `window` if None).
 
     `set_size`: most pillars of a set, `heads`, `hidden`: of the attention and its feed-forward network. The defaults
-    are for a CPU; `detector.PUBLISHED` has the paper's sizes. Deterministic: sorts are stable, every pillar is read from
-    one place, nothing is summed by atomics.
+    are for a CPU; `detector.PUBLISHED` has the paper's sizes. Deterministic: sorts are stable, every pillar is read
+    from one place, nothing is summed by atomics.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ class PillarEncoder(nn.Module):
         for number, out in enumerate(filters):
             # A layer that another one follows hands on each point's features beside the pillar's maximum.
             out = out if number == len(filters) - 1 else out // 2
-            layers.append(nn.Sequential(nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU()))
+            layers.append(nn.Sequential(nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(True)))
             width = 2 * out
         self.layers = nn.ModuleList(layers)
 
