@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from stepstream.models.detection.base import Backbone
 from stepstream.models.detection.center_head import Boxes, CenterHead, HeadMaps, MapGrid, decode
@@ -18,7 +20,7 @@ from stepstream.models.detection.pillars import PillarEncoder, PillarGrid, to_pi
 from stepstream.models.registry import model_class
 from stepstream.models.weights import Card, WeightsError, find_weights, load_into
 
-__all__ = ["PUBLISHED", "SMALL", "Detector", "DetectorConfig", "LoadedDetector", "Seen", "load_detector"]
+__all__ = ["PUBLISHED", "SMALL", "Detector", "DetectorConfig", "LoadedDetector", "Seen", "fold_norms", "load_detector"]
 
 _MAX_CELLS = 2**24
 _MAX_WIDTH = 4096
@@ -157,9 +159,27 @@ class Detector(nn.Module):
         return found._replace(boxes=raised), seen
 
 
+def fold_norms(model: nn.Module) -> None:
+    """Puts each batch norm of a model in eval mode into the layer before it, in place: the same function, to float32's
+    rounding, for less.
+    """
+    for chain in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for number, (layer, norm) in enumerate(itertools.pairwise(chain)):
+            if isinstance(norm, nn.BatchNorm1d) and isinstance(layer, nn.Linear):
+                chain[number] = fuse_linear_bn_eval(layer, norm)
+            elif isinstance(norm, nn.BatchNorm2d) and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                chain[number] = fuse_conv_bn_eval(layer, norm, isinstance(layer, nn.ConvTranspose2d))
+            else:
+                continue
+            chain[number + 1] = nn.Identity()
+
+
 @dataclass(frozen=True)
 class LoadedDetector:
-    """A detector ready to serve: eval mode, no gradients wanted. `weights_hash` names the parameters it runs with."""
+    """A detector ready to serve: eval mode, norms folded, no gradients wanted.
+
+    `weights_hash` names the parameters that it runs with.
+    """
 
     model: Detector
     card: Card
@@ -183,4 +203,5 @@ def load_detector(name: str, weights: str | Path) -> LoadedDetector:
         raise WeightsError(f"{found.folder / 'card.json'} does not describe a detector: {error}") from None
     load_into(model, found)
     model.eval().requires_grad_(False)
+    fold_norms(model)
     return LoadedDetector(model, found.card, found.card.weights_sha256)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ def main() -> None:
         "sweeps": len(points),
         "points a sweep": round(float(np.mean(points))),
         "pillars a sweep": [min(pillars), round(float(np.mean(pillars))), max(pillars)],
-        "parameters": sum(p.numel() for p in detect.model.parameters()),
-        "parameters, published sizes": sum(p.numel() for p in Detector(replace(PUBLISHED)).parameters()),
+        "parameters": sum(p.numel() for p in Detector(detect.model.config).parameters()),
+        "parameters, published sizes": sum(p.numel() for p in Detector(PUBLISHED).parameters()),
         "milliseconds": {name: quantiles(seconds) for name, seconds in times.items()},
     }
     if given.weights is not None:

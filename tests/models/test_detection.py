@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models.detection_scenes import CLASSES, TINY, street, targets_of, tiny
+from torch import nn
 
 from stepstream.models.detection.center_head import HeadMaps, MapGrid, Targets, decode, encode, head_loss
-from stepstream.models.detection.detector import PUBLISHED, Detector, DetectorConfig
+from stepstream.models.detection.detector import PUBLISHED, Detector, DetectorConfig, fold_norms
 from stepstream.models.detection.dsvt import DSVT, partition
 from stepstream.models.detection.pillars import PillarEncoder, PillarGrid, to_pillars
 from stepstream.models.weights import WeightsError
@@ -270,6 +271,21 @@ def test_the_published_sizes() -> None:
         whole = Detector(PUBLISHED)
         maps = whole.head(whole.neck(torch.zeros(1, 192, 468, 468)))
     assert maps.heat.shape == (1, 3, 468, 468) and whole.map_grid.size == 0.32
+
+
+def test_folded_norms_are_the_same_function() -> None:
+    model = tiny(filters=(8, 16))
+    points = street()[0]
+    of = torch.zeros(len(points), dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(points, of, 1)  # so that the norms have something to do
+        expected = model.eval()(points, of, 1).maps
+        fold_norms(model)
+        found = model(points, of, 1).maps
+    assert not [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    torch.testing.assert_close(found.heat, expected.heat, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.fields, expected.fields, atol=1e-4, rtol=1e-4)
 
 
 def test_a_new_backbone_is_a_class_by_name() -> None:
