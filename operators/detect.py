@@ -59,7 +59,7 @@ class Detect(Operator):
 
     def __init__(self, options: DetectOptions) -> None:
         loaded = load_detector(options.model, options.weights)
-        self.options, self.weights_hash = options, loaded.weights_hash
+        self.options, self.weights_hash, self.parameters = options, loaded.weights_hash, loaded.parameters
         self.model = loaded.model.to(options.device)
         self._up = 0.0 if options.ground is None else options.ground - loaded.model.config.ground
 
@@ -144,7 +144,7 @@ class Detect(Operator):
             "cell": config.size,
             "max_pillars": config.max_pillars,
             "score": self.options.score,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.parameters,
         }
 
 

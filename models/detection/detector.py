@@ -18,12 +18,15 @@ from stepstream.models.detection.center_head import Boxes, CenterHead, HeadMaps,
 from stepstream.models.detection.neck import Neck
 from stepstream.models.detection.pillars import PillarEncoder, PillarGrid, to_pillars
 from stepstream.models.registry import model_class
-from stepstream.models.weights import Card, WeightsError, find_weights, load_into
+from stepstream.models.weights import MAX_WEIGHTS_BYTES, Card, WeightsError, find_weights, load_into
 
 __all__ = ["PUBLISHED", "SMALL", "Detector", "DetectorConfig", "LoadedDetector", "Seen", "fold_norms", "load_detector"]
 
 _MAX_CELLS = 2**24
 _MAX_WIDTH = 4096
+_MAX_DEPTH = 16
+_MAX_BOXES = 2**16
+_MAX_CLASSES = 256
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class DetectorConfig:
             raise ValueError("low, cells, size, height, max_pillars, filters, neck: expected finite numbers above 0")
         if math.prod(self.cells) > _MAX_CELLS:
             raise ValueError(f"cells: {self.cells[0]} x {self.cells[1]}: at most {_MAX_CELLS} are made")
+        if len(self.classes) > _MAX_CLASSES or self.most > _MAX_BOXES:
+            raise ValueError(f"classes, most: at most {_MAX_CLASSES} classes and {_MAX_BOXES} boxes are told")
+        if max(len(self.filters), len(self.neck), *(level[1] for level in self.neck)) > _MAX_DEPTH:
+            raise ValueError(f"filters, neck: at most {_MAX_DEPTH} levels and blocks are made")
         widths = (*self.filters, self.width, *(number for level in self.neck for number in level))
         if max(widths) > _MAX_WIDTH:
             raise ValueError(f"filters, width, neck: at most {_MAX_WIDTH} channels are made, got {max(widths)}")
@@ -178,12 +185,13 @@ def fold_norms(model: nn.Module) -> None:
 class LoadedDetector:
     """A detector ready to serve: eval mode, norms folded, no gradients wanted.
 
-    `weights_hash` names the parameters that it runs with.
+    `weights_hash` names the parameters that it runs with; `parameters`: how many there are.
     """
 
     model: Detector
     card: Card
     weights_hash: str
+    parameters: int
 
 
 def load_detector(name: str, weights: str | Path) -> LoadedDetector:
@@ -198,10 +206,15 @@ def load_detector(name: str, weights: str | Path) -> LoadedDetector:
     if found.card.model != name or found.card.config.get("backbone") != name:
         raise WeightsError(f"{found.folder} holds weights of {found.card.model!r}, not of {name!r}")
     try:
-        model = Detector(DetectorConfig(**found.card.config))
+        config = DetectorConfig(**found.card.config)
+        with torch.device("meta"):  # which takes no memory
+            parameters = sum(p.numel() for p in Detector(config).parameters())
+        if parameters * 4 > MAX_WEIGHTS_BYTES:
+            raise ValueError(f"{parameters} parameters: at most {MAX_WEIGHTS_BYTES // 4} are loaded")
+        model = Detector(config)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{found.folder / 'card.json'} does not describe a detector: {error}") from None
     load_into(model, found)
     model.eval().requires_grad_(False)
     fold_norms(model)
-    return LoadedDetector(model, found.card, found.card.weights_sha256)
+    return LoadedDetector(model, found.card, found.card.weights_sha256, parameters)

@@ -17,6 +17,9 @@ __all__ = ["DSVT", "Sets", "partition"]
 
 Axis = Literal["x", "y"]
 
+_MOST = {"blocks": 64, "heads": 64, "hidden": 8192, "window": 1024, "hybrid": 16, "set_size": 128}
+"""Sizes come from a file: what is larger is refused before memory is taken for it."""
+
 
 class Sets(NamedTuple):
     """P pillars in S sets of at most T: every pillar in exactly one.
@@ -149,13 +152,16 @@ class DSVT(Backbone):
         set_size: int = 24,
     ) -> None:
         super().__init__()
-        for name, value in {"blocks": blocks, "window": window, "hybrid": hybrid, "set_size": set_size}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r}")
-        if heads < 1 or channels % heads:
+        sizes = {"blocks": blocks, "heads": heads, "hidden": hidden, "window": window, "hybrid": hybrid}
+        for name, value in {**sizes, "set_size": set_size}.items():
+            if not isinstance(value, int) or not 1 <= value <= _MOST[name]:
+                raise ValueError(f"{name}: expected a whole number from 1 to {_MOST[name]}, got {value!r}")
+        if channels % heads:
             raise ValueError(f"heads: expected a divisor of the {channels} channels, got {heads}")
-        self.channels, self.cells, self.set_size = channels, (cells[0], cells[1]), set_size
         moved = window // 2 if shift is None else shift
+        if not isinstance(moved, int) or not 0 <= moved < window * hybrid:
+            raise ValueError(f"shift: expected a whole number from 0 to {window * hybrid - 1}, got {moved!r}")
+        self.channels, self.cells, self.set_size = channels, (cells[0], cells[1]), set_size
         self.windows = ((window, 0), (window * hybrid, moved))
         self.blocks = nn.ModuleList([DSVTBlock(channels, heads, hidden) for _ in range(blocks)])
 

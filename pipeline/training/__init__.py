@@ -98,8 +98,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model or baseline on a recording: {model, task, split, metrics, baselines, ...}.
 
-    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit". Raises InputError or
-    WeightsError for what cannot be evaluated.
+    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit", of detectors "score" and
+    "ground". Raises InputError or WeightsError for what cannot be evaluated.
     """
     if _task(model) == "graph":
         from stepstream.pipeline.training import graph

@@ -149,6 +149,7 @@ class DetectorTrainer:
         there = np.isfinite(sweep.points).all(1)
         xyz = sweep.points[there]
         intensity = np.zeros(len(xyz), np.float32) if sweep.intensity is None else sweep.intensity[there]
+        intensity = np.nan_to_num(intensity, nan=0.0, posinf=0.0, neginf=0.0)
         ground = np.array([0, 0, self.config.ground], np.float32)
         return np.column_stack([xyz - ground, intensity]).astype(np.float32), xyz
 

@@ -154,7 +154,11 @@ def test_options_and_weights_that_do_not_fit(weights: Path, tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="holds weights of 'dsvt'"):
         Detect(DetectOptions(model="tests.models.detection_scenes:Squares", weights=weights))
     card = (weights / "card.json").read_text()
-    for changed, reason in (('"widthh": 16', "does not describe a detector"), ('"width": 8', "has shape")):
+    for changed, reason in (
+        ('"widthh": 16', "does not describe a detector"),
+        ('"width": 8', "has shape"),
+        ('"width": 4000', "parameters: at most"),
+    ):
         other = shutil.copytree(weights, tmp_path / changed[1:7].strip('"') / str(len(changed)))
         (other / "card.json").write_text(card.replace('"width": 16', changed))
         with pytest.raises(WeightsError, match=reason):
@@ -167,5 +171,5 @@ def test_it_is_in_the_registry_and_says_what_it_is(weights: Path) -> None:
 
     assert registry.load("operator", "detect") is Detect
     told = Detect(DetectOptions(weights=weights)).describe()
-    assert told["parameters"] > 1000 and told["classes"] == list(CLASSES)
+    assert told["parameters"] == sum(p.numel() for p in tiny().parameters()) and told["classes"] == list(CLASSES)
     assert next(row for row in catalogue() if row["name"] == "dsvt")["task"] == "detection"
