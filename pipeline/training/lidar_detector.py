@@ -22,10 +22,10 @@ from stepstream.models.detection.center_head import Targets, encode, head_loss
 from stepstream.models.detection.detector import PUBLISHED, SMALL, Detector, DetectorConfig
 from stepstream.models.weights import Card, save_weights
 from stepstream.pipeline.training import Progress, checked
-from stepstream.pipeline.training.detector_scores import evaluate, held_back_scores
+from stepstream.pipeline.training.detector_scores import held_back_scores
 from stepstream.pipeline.training.lidar_boxes import CLASSES, BoxedSweep, BoxedSweeps, moved, read_boxed_sweeps
 
-__all__ = ["DetectorTrainOptions", "DetectorTrainer", "Example", "evaluate", "joined", "train", "training_loss"]
+__all__ = ["DetectorTrainOptions", "DetectorTrainer", "Example", "joined", "train", "training_loss"]
 
 _PROFILES = {"small": SMALL, "published": PUBLISHED}
 _MARGIN = 200.0
