@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stepstream.models.base import StreamModel
+from stepstream.models.detection.base import Backbone
 from stepstream.models.dyngraph.base import GraphModel
 from stepstream.models.weights import Card, WeightsError, find_weights, load_into, read_card, shipped_weights
 
@@ -115,6 +116,15 @@ _ENTRIES = (
         "two networks over a history of maps: classes of points, and the next map",
     ),
     ModelEntry(
+        "dsvt",
+        "stepstream.models.detection.dsvt:DSVT",
+        "detection",
+        "model",
+        "1",
+        "no state: every sweep by itself",
+        "boxes from pillars: attention within rotated sets, and a centre head",
+    ),
+    ModelEntry(
         "edgebank",
         "stepstream.models.dyngraph.edgebank:EdgeBank",
         "graph",
@@ -209,7 +219,7 @@ def model_entry(name: str) -> ModelEntry:
     raise WeightsError(f"no model is called {name!r}: {hint}")
 
 
-def model_class(name: str) -> type[StreamModel | GraphModel]:
+def model_class(name: str) -> type[StreamModel | GraphModel | Backbone]:
     """The class of a registered name, an entry point of group `stepstream.models`, or `package.module:Name`."""
     if ":" in name:
         target = name
@@ -221,8 +231,8 @@ def model_class(name: str) -> type[StreamModel | GraphModel]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise WeightsError(f"model {name!r} cannot be imported: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, StreamModel | GraphModel)):
-        raise WeightsError(f"model {name!r} is {found!r}: a StreamModel or GraphModel class was expected")
+    if not (isinstance(found, type) and issubclass(found, StreamModel | GraphModel | Backbone)):
+        raise WeightsError(f"model {name!r} is {found!r}: a StreamModel, GraphModel or Backbone class was expected")
     return found
 
 

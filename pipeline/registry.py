@@ -39,6 +39,7 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "align": "stepstream.operators.align:Align",
         "cluster": "stepstream.operators.cluster:Cluster",
         "deskew": "stepstream.operators.deskew:Deskew",
+        "detect": "stepstream.operators.detect:Detect",
         "denoise": "stepstream.operators.denoise:Denoise",
         "forecast": "stepstream.operators.forecast:Forecaster",
         "rate-limit": "stepstream.operators.rate_limit:RateLimit",

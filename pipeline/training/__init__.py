@@ -27,6 +27,7 @@ _TASKS = {
     "graph": ("graph_fit", "graph"),
     "events": ("event_fit", "events"),
     "lidar": ("lidar", "lidar"),
+    "detection": ("lidar_detector", "detector_scores"),
 }
 """Task -> the module beside this one that trains its models, and the one that evaluates them."""
 
@@ -99,9 +100,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model or baseline on a recording: {model, task, split, metrics, baselines, ...}.
 
-    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit", of
-    lidar "poses" and "taxonomy". Raises InputError or
-    WeightsError for what cannot be evaluated.
+    `options`: "split" (test), and of traffic "graph_file", of graphs "window" and "time_unit", of lidar "poses" and
+    "taxonomy", of detectors "score" and "ground". Raises InputError or WeightsError for what cannot be evaluated.
     """
     task = import_module(f"{__name__}.{_modules(model)[1]}")
     found: dict[str, Any] = task.evaluate(
