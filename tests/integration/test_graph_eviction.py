@@ -32,8 +32,8 @@ EVENTS, WAIT_S = 300, 90.0
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 of our own on loopback with one bucket, which this process and its children find by themselves."""
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, str]]:
+    """An S3 of our own on loopback, which this process and its children find by themselves, and a bucket's name."""
     moto = pytest.importorskip("moto.server", reason="moto is not installed")
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -43,8 +43,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     files = s3fs.S3FileSystem(key="k", secret="s", endpoint_url=f"http://{host}:{port}")
-    files.mkdir("bucket")
-    yield files
+    # Servers of one process share what they hold.
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    files.mkdir(name)
+    yield files, name
     server.stop()
 
 
@@ -71,12 +73,15 @@ def worker(pipeline: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-def test_nodes_in_s3_come_back_after_a_kill(broker: Cluster, new_topic: NewTopic, bucket: Any, tmp_path: Path) -> None:
+def test_nodes_in_s3_come_back_after_a_kill(
+    broker: Cluster, new_topic: NewTopic, bucket: tuple[Any, str], tmp_path: Path
+) -> None:
+    files, name = bucket
     save_models(tmp_path)
     into, out = new_topic(), f"out-{uuid.uuid4().hex[:8]}"
     servers = broker.servers()
-    given = {"model": "nat", "weights": str(tmp_path / "nat"), "max_nodes": 9, "evict": {"store": "s3://bucket/away"}}
-    engine = {"snapshots": "s3://bucket/snapshots", "snapshot_every_s": 1, "session_timeout_ms": 3000, "max_batch": 16}
+    given = {"model": "nat", "weights": str(tmp_path / "nat"), "max_nodes": 9, "evict": {"store": f"s3://{name}/away"}}
+    engine = {"snapshots": f"s3://{name}/snapshots", "snapshot_every_s": 1, "session_timeout_ms": 3000, "max_batch": 16}
     pipeline = Pipeline.from_dict(
         {
             "name": f"evict-{uuid.uuid4().hex[:8]}",
@@ -92,7 +97,7 @@ def test_nodes_in_s3_come_back_after_a_kill(broker: Cluster, new_topic: NewTopic
     events = stream(EVENTS)
 
     def stored(folder: str) -> bool:
-        return bool(bucket.find(f"bucket/{folder}", refresh=True))
+        return bool(files.find(f"{name}/{folder}", refresh=True))
 
     with worker(file, log) as process:
         publish(broker, into, events[:150])
