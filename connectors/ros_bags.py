@@ -8,7 +8,7 @@ with the package `mcap` (`pip install stepstream[ros]`).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "mcap_messages",
     "mcap_names",
     "need_mcap",
+    "sqlite_has",
     "sqlite_index",
     "sqlite_message",
     "sqlite_messages",
@@ -51,6 +52,16 @@ def sqlite_topics(path: Path, kind: str) -> dict[str, int]:
     with closing(_open(path)) as bag:
         rows = bag.execute(query, (kind,)).fetchall()
     return {str(name): int(count) for name, form, count in rows if form == "cdr"}
+
+
+def sqlite_has(files: Sequence[Path], head: bytes, kind: str) -> bool:
+    """Whether the first of some files, which begins with `head`, is SQLite, and there is a topic of a type of message."""
+    if not head.startswith(SQLITE):
+        return False
+    try:
+        return any(sqlite_topics(file, kind) for file in files[:3])
+    except sqlite3.Error:
+        return False
 
 
 def sqlite_index(path: Path, topic: str) -> list[tuple[int, bytes]]:

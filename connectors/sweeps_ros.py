@@ -53,12 +53,7 @@ class SweepsRos2:
     def sniff(path: Path, head: bytes) -> bool:
         """Whether it is SQLite with a topic of PointCloud2."""
         files = [path] if head else files_in(path, (".db3",))
-        if not (head or first_of(files, 16)).startswith(bags.SQLITE):
-            return False
-        try:
-            return any(bags.sqlite_topics(file, TYPE) for file in files[:3])
-        except sqlite3.Error:
-            return False
+        return bags.sqlite_has(files, head or first_of(files, 16), TYPE)
 
     @staticmethod
     def read(path: Path, options: SweepOptions | None = None) -> SweepRecording:
