@@ -55,7 +55,7 @@ def sqlite_topics(path: Path, kind: str) -> dict[str, int]:
 
 
 def sqlite_has(files: Sequence[Path], head: bytes, kind: str) -> bool:
-    """Whether the first of some files, which begins with `head`, is SQLite, and there is a topic of a type of message."""
+    """Whether the first of some files, which begins with `head`, is SQLite, and has a topic of a type of message."""
     if not head.startswith(SQLITE):
         return False
     try:
