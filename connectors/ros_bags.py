@@ -7,6 +7,7 @@ with the package `mcap` (`pip install stepstream[ros]`).
 
 from __future__ import annotations
 
+import io
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -111,13 +112,27 @@ def need_mcap(path: Path) -> None:
         raise InputError(f"{path}: MCAP files need the package mcap: pip install 'stepstream[ros]'")
 
 
+class _Bounded(io.BufferedReader):
+    """A file of which nobody asks for more than it has: Python makes room for what is asked for, and a damaged length
+    may be 2^60.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        rest = max(0, self._size - self.tell())
+        return super().read(rest if size is None or size < 0 else min(size, rest))
+
+
 def mcap_messages(
     path: Path, kind: str, topic: str | None, start: int | None = None, end: int | None = None
 ) -> Iterator[tuple[str, int, bytes]]:
     """(Topic, log time, message) of each message of a type, in the order of the log, from log time `start` to `end`."""
     from mcap.reader import SeekingReader
 
-    with path.open("rb") as stream:
+    with _Bounded(path) as stream:
         reader = SeekingReader(stream, record_size_limit=_MAX_MESSAGE)
         for schema, channel, message in reader.iter_messages(topics=topic, starting_at=start, ending_at=end):
             if schema is not None and schema.name == kind and channel.message_encoding == "cdr":

@@ -109,7 +109,8 @@ class SweepsMcap:
 
         found: dict[str, list[tuple[Path, int, bytes, int]]] = {}
         # What the package lets through of struct, zstandard and lz4.
-        damaged = (McapError, ZstdError, struct.error, ValueError, LookupError, EOFError, OSError, RuntimeError)
+        known = (ZstdError, struct.error, ValueError, LookupError, OverflowError, EOFError, OSError, RuntimeError)
+        damaged = (McapError, *known)
         try:
             for file in files:
                 same: dict[tuple[str, int], int] = {}

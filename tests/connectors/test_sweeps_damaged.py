@@ -87,3 +87,15 @@ def test_a_file_that_is_gone_is_one_sweep_less(tmp_path: Path) -> None:
     (tmp_path / "b.pcd").unlink()
     with pytest.raises(InputError, match="sweep 1: No such file"):
         recording.load(1)
+
+
+def test_no_length_in_a_file_makes_room_for_more_than_the_file(tmp_path: Path) -> None:
+    name, body = MADE["mcap"]()
+    path = tmp_path / "made.mcap"
+    for at in range(8, len(body)):
+        path.write_bytes(body[:at] + b"\x51" + body[at + 1 :])
+        with contextlib.suppress(InputError):
+            recording = open_recording(path, name)
+            for index in range(len(recording)):
+                with contextlib.suppress(InputError):
+                    recording.load(index)
