@@ -85,7 +85,9 @@ def winners(place: Tensor, rank: Tensor, valid: Tensor, size: int) -> Tensor:
     `place`, `rank`, `valid`: [B, A]. The highest rank gets it; of equal ones the last.
     """
     order = torch.argsort(rank, dim=1, stable=True)
-    standing = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    standing = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     standing = torch.where(valid, standing, EMPTY)
     best = torch.full((place.shape[0], size), EMPTY, dtype=torch.int64, device=place.device)
     best.scatter_reduce_(1, place, standing, "amax")

@@ -198,7 +198,7 @@ def ppn() -> dict[str, Any]:
         row = torch.tensor([0], device="cuda")
         alternatives: dict[str, Callable[[], object]] = {}
         for mode in ("sequential", "streams"):
-            model = PPN(config).eval().folded().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = PPN(config).eval().folded()
             runner = runner_for(model, mode, "cuda")
             alternatives[mode] = partial(runner.step, sweep, runner.initial_state(1, "cuda"), row)
         for name in ("segmentation", "reconstruction"):

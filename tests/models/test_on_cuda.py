@@ -103,7 +103,7 @@ def test_steps_of_streams_on_their_own_clocks_are_the_window_and_those_of_the_pr
         picked = [s for s in range(STREAMS) if at[s] < frames and torch.rand((), generator=generator) < 0.6]
         if not picked:
             continue
-        given = each(x, lambda leaf: torch.stack([leaf[s, at[s]] for s in picked]))
+        given = each(x, lambda leaf, picked=picked: torch.stack([leaf[s, at[s]] for s in picked]))
         y = model.step(given, state, torch.tensor(picked, device="cuda"))
         for i, s in enumerate(picked):
             close(each(y, lambda leaf, i=i: leaf[i]), each(window, lambda leaf, s=s: leaf[s, at[s]]))
