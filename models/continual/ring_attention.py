@@ -96,13 +96,12 @@ def attend_ring(
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _attend(
-        q_at: Any, ring_at: Any, scale_at: Any, rows_at: Any, clock_at: Any, seen_at: Any, ages_at: Any, out_at: Any,
-        part_at: Any, factor: Any,
+    def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202 - Triton reads what is written there
+        q_at, ring_at, scale_at, rows_at, clock_at, seen_at, ages_at, out_at, part_at, factor,  # noqa: ANN001
         memory: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr, queries: tl.constexpr,
         padded: tl.constexpr, pieces: tl.constexpr, long: tl.constexpr, block: tl.constexpr, rows: tl.constexpr,
         scaled: tl.constexpr, masked: tl.constexpr, aged: tl.constexpr,
-    ) -> None:  # fmt: skip
+    ):  # fmt: skip
         """A piece of one key head's ring for the queries that share it."""
         b, group, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         row = tl.load(rows_at + b) if rows else b.to(tl.int64)
@@ -155,11 +154,11 @@ if triton is not None:
             tl.store(at + padded + 1, total)
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _merge(
-        part_at: Any, out_at: Any,
+    def _merge(  # type: ignore[no-untyped-def]  # noqa: ANN202
+        part_at, out_at,  # noqa: ANN001
         memory: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, width: tl.constexpr, queries: tl.constexpr,
         padded: tl.constexpr, pieces: tl.constexpr, slots: tl.constexpr,
-    ) -> None:  # fmt: skip
+    ):  # fmt: skip
         """The pieces of one key head's ring together."""
         b, group = tl.program_id(0), tl.program_id(1)
         d, p = tl.arange(0, padded), tl.arange(0, slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from stepstream.models.dyngraph.memory import training_step
 from stepstream.models.dyngraph.nat import NAT, NATConfig
 from stepstream.models.dyngraph.nat_training import NATLearner
 from stepstream.models.registry import load_model
+from stepstream.pipeline.training import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -191,3 +193,15 @@ def test_nat_learns_and_scores_as_on_the_processor() -> None:
             scores.append(nat.score(state, source, torch.cat([destination[:, None], negatives], 1), time_ns))
     assert losses[4:] == pytest.approx(losses[:4], rel=1e-3)
     close(scores[1], scores[0], 1e-3)
+
+
+@pytest.mark.parametrize("name", ["sttn", "dcrnn"])
+def test_a_traffic_network_trains_there_and_its_weights_serve_on_the_processor(name: str, tmp_path: Path) -> None:
+    week = Path(__file__).parents[2] / "data" / "metr_la_week.npz"
+    found = train(name, week, tmp_path, device="cuda", options={"steps": 2, "width": 16})
+    assert found["steps"] == 2
+    model = load_model(name, tmp_path).model.eval()
+    x = SHIPPED[name, f"{name}-metr-la"](model)
+    with torch.no_grad():
+        host = model(x)
+        close(model.cuda()(each(x, lambda leaf: leaf.cuda())), host)

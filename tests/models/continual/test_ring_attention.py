@@ -94,6 +94,29 @@ def test_the_kernel_gives_what_torch_gives() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(ring_attention.triton is None, reason="Triton comes with torch's CUDA builds")
+@pytest.mark.parametrize("kind", ["*fp32", "*bf16", "*i8"])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_there(kind: str) -> None:
+    """What the interpreter allows is more than what the compiler does."""
+    from triton import compiler
+    from triton.backends.compiler import GPUTarget
+
+    sizes = {"memory": 300, "heads": 8, "groups": 2, "width": 24, "queries": 4, "padded": 32, "pieces": 3}
+    ways = {"rows": True, "scaled": kind == "*i8", "masked": True, "aged": True}
+    pointers = {"ring_at": kind, "rows_at": "*i64", "clock_at": "*i64", "seen_at": "*i1", "factor": "fp32"}
+    for kernel, more in (
+        (ring_attention._attend, {"long": 128, "block": ring_attention.BLOCK, **ways}),
+        (ring_attention._merge, {"slots": 4}),
+    ):
+        constants = {**sizes, **more}
+        types = {name: "constexpr" if name in constants else pointers.get(name, "*fp32") for name in kernel.arg_names}
+        at = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        made = compiler.compile(compiler.ASTSource(kernel, types, at), target=GPUTarget("cuda", 80, 32))
+        assert ".visible .entry" in made.asm["ptx"]
+        # Registers were enough: nothing is kept in slow memory.
+        assert ".local" not in made.asm["ptx"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_on_a_gpu_takes_the_kernel_and_one_that_learns_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
