@@ -5,6 +5,7 @@ Rossi et al., "Temporal Graph Networks for Deep Learning on Dynamic Graphs", 202
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from stepstream.models.dyngraph.base import GraphState
 from stepstream.models.dyngraph.events import read_ring, seconds
 from stepstream.models.dyngraph.memory import CHUNK, MemoryConfig, Reading
 from stepstream.models.dyngraph.messages import MessageModel
-from stepstream.models.dyngraph.tgn_folded import Folded, fold
+from stepstream.models.dyngraph.tgn_folded import Folded, Gates, fold, fold_gates, gated
 from stepstream.models.dyngraph.tgn_kernels import pool_rings, score_few, take_one
 
 __all__ = ["TGN"]
@@ -49,10 +50,12 @@ class TGN(MessageModel):
         self._grouped: tuple[tuple[Tensor, ...], ...] | None = None
         self._views: tuple[Any, Any] | None = None
         self._folded: tuple[Any, Folded] | None = None
+        self._gated: tuple[Any, Gates] | None = None
 
     def _updated(self, memory: Tensor, far: Tensor, lag: Tensor, source: Tensor, features: Tensor | None) -> Tensor:
         parts = [memory, far, self.time(lag), source[:, None]]
-        return self.updater(torch.cat(parts if features is None else [*parts, features], 1), memory)
+        x = torch.cat(parts if features is None else [*parts, features], 1)
+        return self.updater(x, memory) if torch.is_grad_enabled() else gated(self._gates(), x, memory)
 
     def embed(self, state: GraphState, node: Tensor, time_ns: Tensor) -> Reading:
         if not self.training:
@@ -202,11 +205,16 @@ class TGN(MessageModel):
             self._views = at, tuple([_arrays(*group) for group in groups])
         return self._views[1]
 
+    def _gates(self) -> Gates:
+        """Made again when a parameter has changed."""
+        at = _versions(self._groups()[0])
+        if self._gated is None or self._gated[0] != at:
+            self._gated = at, fold_gates(self.updater)
+        return self._gated[1]
+
     def _fold(self) -> Folded:
         """Made again when a parameter has changed."""
-        parameters = [parameter for group in self._groups() for parameter in group]
-        # What was made in inference mode has no version, as nothing writes to it.
-        at = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]  # noqa: SLF001
+        at = _versions([parameter for group in self._groups() for parameter in group])
         if self._folded is None or self._folded[0] != at:
             self._folded = at, fold(self.attention, self.time.phase, self.merge, self.merge_out, self.decoder)
         return self._folded[1]
@@ -216,6 +224,12 @@ class TGN(MessageModel):
         if features is None:
             features = state["memory"].new_empty(0, 0, 0)
         return _arrays(state["ring_ids"], state["ring_times"], features)
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Where parameters lie, and how often they were written to."""
+    # What was made in inference mode has no version, as nothing writes to it.
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]  # noqa: SLF001
 
 
 def _arrays(*tensors: Tensor) -> Any:

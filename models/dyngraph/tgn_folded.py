@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepstream.models.dyngraph.attention import LinkDecoder, OneQueryAttention
 
-__all__ = ["Folded", "fold"]
+__all__ = ["Folded", "Gates", "fold", "fold_gates", "gated"]
 
 
 class Folded(NamedTuple):
@@ -60,3 +60,37 @@ def fold(
         out=decoder.out.weight[0].clone(),
         out_bias=decoder.out.bias.clone(),
     )
+
+
+class Gates(NamedTuple):
+    """A GRU whose input begins with its own hidden state [width]: the sum of two products with it is one.
+
+    `both`, `both_bias`: the input [n, in] -> reset and update gates, and the candidate's part from the input
+    [3 width]. `own`, `own_bias`: the hidden state -> the candidate's part that the reset gate scales [width].
+    """
+
+    both: Tensor
+    both_bias: Tensor
+    own: Tensor
+    own_bias: Tensor
+
+
+@torch.no_grad()
+def fold_gates(cell: nn.GRUCell) -> Gates:
+    """Of a cell with biases."""
+    width = cell.hidden_size
+    both, bias = cell.weight_ih.clone(), cell.bias_ih.clone()
+    both[: 2 * width, :width] += cell.weight_hh[: 2 * width]
+    bias[: 2 * width] += cell.bias_hh[: 2 * width]
+    own = cell.weight_hh[2 * width :].t().contiguous()
+    return Gates(both.t().contiguous(), bias, own, cell.bias_hh[2 * width :].clone())
+
+
+def gated(gates: Gates, x: Tensor, hidden: Tensor) -> Tensor:
+    """What the cell gives, to rounding, for x [n, in] that begins with `hidden` [n, width] (torch.nn.GRUCell)."""
+    width = hidden.shape[1]
+    mixed = torch.addmm(gates.both_bias, x, gates.both)
+    candidate = torch.addmm(gates.own_bias, hidden, gates.own)
+    reset, update = mixed[:, : 2 * width].sigmoid_().split(width, 1)
+    new = candidate.mul_(reset).add_(mixed[:, 2 * width :]).tanh_()
+    return torch.lerp(new, hidden, update)
