@@ -136,7 +136,7 @@ def test_a_world_that_stands_still_is_kept_exactly_by_stacked_maps_that_move() -
             last = corners[t - 1]
             model.move(state, 1, (last[0] - corner[0], last[1] - corner[1]))
         x, y = corner
-        model.maps({"map": world[None, t, x : x + 32, y : y + 32]}, state, rows)
+        model.take({"map": world[None, t, x : x + 32, y : y + 32], "cell": None, "points": None}, state, rows)
     kept = state["shared"]["maps"][1].unflatten(2, (3, 4)).permute(2, 0, 1, 3)
     x, y = corners[-1]
     for i, t in enumerate((1, 2, 3)):
