@@ -43,8 +43,8 @@ COMMAND = struct.Struct("=qq")
 """Step: which slot, and how many the state has; its file comes with it, if it is another than before."""
 
 _ALIGNED = 64
-Layout = dict[str, tuple[str, list[int]]]
-"""Of each array: its dtype as torch names it, and its shape."""
+Layout = dict[str, tuple[str, list[int], list[int]]]
+"""Of each array: its dtype as torch names it, its shape, and its axes as they lie in memory, the outermost first."""
 
 
 def flat_leaves(tree: Tree, name: str = "state") -> dict[str, Tensor]:
@@ -63,10 +63,12 @@ def slot(tree: Tree, row: int) -> Tree:
 
 def state_layout(like: Tree, streams: int, name: str = "state") -> Layout:
     """Where the leaves of a state lie; `like`: that of one stream."""
-    return {
-        path: (str(leaf.dtype).removeprefix("torch."), [streams, *leaf.shape[1:]])
-        for path, leaf in flat_leaves(like, name).items()
-    }
+    layout: Layout = {}
+    for path, leaf in flat_leaves(like, name).items():
+        strides = leaf.stride()
+        axes = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+        layout[path] = (str(leaf.dtype).removeprefix("torch."), [streams, *leaf.shape[1:]], axes)
+    return layout
 
 
 def layout_of(inputs: tuple[int, ...], state: Tree, output: tuple[int, ...]) -> Layout:
@@ -74,11 +76,11 @@ def layout_of(inputs: tuple[int, ...], state: Tree, output: tuple[int, ...]) -> 
     `times` float64 [2].
     """
     return {
-        "inputs": ("uint8", list(inputs)),
+        "inputs": ("uint8", list(inputs), [0, 1, 2, 3]),
         **state_layout(state, 1, "undo"),
-        "begun": ("int64", [1]),
-        "output": ("float32", list(output)),
-        "times": ("float64", [2]),
+        "begun": ("int64", [1], [0]),
+        "output": ("float32", list(output), [0, 1, 2, 3]),
+        "times": ("float64", [2], [0]),
     }
 
 
@@ -89,12 +91,13 @@ class SharedArrays:
         self.memory = mmap.mmap(fd, self.bytes_of(layout))
         self.tensors: dict[str, Tensor] = {}
         at = 0
-        for name, (dtype, shape) in layout.items():
+        for name, (dtype, shape, axes) in layout.items():
             kind: Any = getattr(torch, dtype)
             count = math.prod(shape)
             if count:
                 flat = torch.frombuffer(self.memory, dtype=kind, count=count, offset=at)
-                self.tensors[name] = flat.reshape(shape)
+                lying = flat.reshape([shape[axis] for axis in axes])
+                self.tensors[name] = lying.permute([axes.index(axis) for axis in range(len(axes))])
             else:
                 self.tensors[name] = torch.empty(shape, dtype=kind)
             at += _padded(dtype, shape)
@@ -102,7 +105,7 @@ class SharedArrays:
     @staticmethod
     def bytes_of(layout: Layout) -> int:
         """How long the memory is."""
-        return max(_ALIGNED, sum(_padded(dtype, shape) for dtype, shape in layout.values()))
+        return max(_ALIGNED, sum(_padded(dtype, shape) for dtype, shape, _ in layout.values()))
 
     def state(self, like: Tree, name: str = "state") -> Tree:
         """The shared leaves as a tree formed as `like`."""

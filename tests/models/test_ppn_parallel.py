@@ -131,6 +131,7 @@ def test_state_that_grows_moves_to_new_memory_and_the_old_is_freed() -> None:
     def mapped(process: int | str = "self") -> int:
         return Path(f"/proc/{process}/maps").read_text().count("ppn-state")
 
+    gc.collect()
     before = mapped()
     with TwoProcesses(model) as pair:
         rows = StateRows(pair, "cpu")
