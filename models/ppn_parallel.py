@@ -163,9 +163,10 @@ class TwoProcesses:
 
     def step(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tree:
         """As `PPN.step`. Raises ValueError for more than one stream, and for a state from elsewhere; WorkerDied."""
+        for count in (x["map"].shape[0], 1 if rows is None else len(rows)):
+            if count != 1:
+                raise ValueError(f"{count} streams in one step: TwoProcesses takes one at a time")
         row = 0 if rows is None else int(rows[0])
-        if (rows is not None and len(rows) != 1) or x["map"].shape[0] != 1:
-            raise ValueError(f"{x['map'].shape[0]} streams in one step: TwoProcesses takes one at a time")
         file = self._states.file_of(state["reconstruction"])
         with torch.inference_mode(), threads(1):
             here = slot({name: state[name] for name in ("shared", "segmentation")}, row)

@@ -98,25 +98,28 @@ def turn(runner: Runner, x: dict[str, torch.Tensor], state: Any) -> Turn:
     return Turn(median(end - start for start, end in steps), median(most), median(shares), each, spans, steps)
 
 
-def draw(turns: dict[str, list[Span]], path: Path) -> None:
+def draw(turns: dict[str, Turn], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(9, 3.2), sharex=True, layout="constrained")
-    colours = {"segmentation": "tab:blue", "reconstruction": "tab:orange"}
-    for ax, (title, spans) in zip(axes, turns.items(), strict=True):
-        first = min(start for start, _ in spans[0].values())
-        for span in spans[:4]:
-            for i, (name, (start, end)) in enumerate(span.items()):
-                row = i if title.startswith("two") else 0
-                ax.barh(row, (end - start) * 1e3, left=(start - first) * 1e3, color=colours[name], height=0.7)
+    colours = {"segmentation": "tab:blue", "reconstruction": "tab:orange", "waiting, handing over": "lightgrey"}
+    for ax, (title, shown) in zip(axes, turns.items(), strict=True):
+        rows = {name: i * title.startswith("two") for i, name in enumerate(shown.spans[0])}
+        first = shown.steps[0][0]
+        for (begun, done), span in zip(shown.steps[:4], shown.spans, strict=False):
+            for row in set(rows.values()):
+                grey = colours["waiting, handing over"]
+                ax.barh(row, (done - begun) * 1e3, left=(begun - first) * 1e3, color=grey, height=0.3)
+            for name, (start, end) in span.items():
+                ax.barh(rows[name], (end - start) * 1e3, left=(start - first) * 1e3, color=colours[name], height=0.7)
         ax.set_title(title, loc="left", fontsize=9)
-        ax.set_yticks([0, 1] if title.startswith("two") else [0], ["core 0", "core 1"][: 1 + title.startswith("two")])
+        ax.set_yticks(sorted(set(rows.values())), ["core 0", "core 1"][: len(set(rows.values()))])
     axes[1].set_xlabel("milliseconds")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
-    axes[0].legend(handles, list(colours), ncols=2, fontsize=8, loc="upper right")
+    axes[0].legend(handles, list(colours), ncols=3, fontsize=8, loc="upper right")
     figure.savefig(path, dpi=120)
 
 
@@ -215,7 +218,7 @@ def measure(changes: dict[str, Any], sweep: np.ndarray[Any, Any], cores: tuple[i
         pair.close()
     if picture is not None:
         titles = ("one core: one after the other", "two processes, one core each: at the same time")
-        draw(dict(zip(titles, (part.spans for part in pairs["networks"].shown.values()), strict=True)), picture)
+        draw(dict(zip(titles, pairs["networks"].shown.values(), strict=True)), picture)
     return {name: pair.numbers() for name, pair in pairs.items()}
 
 
