@@ -22,7 +22,7 @@ from torch import Tensor
 from stepstream.models.base import StreamModel, Tree
 from stepstream.models.ppn_networks import Reconstruction, Segmentation, Trunk, fold_norms
 
-__all__ = ["NETWORKS", "POINT_FEATURES", "PPN", "SIZES", "PPNConfig"]
+__all__ = ["NETWORKS", "POINT_FEATURES", "PPN", "SIZES", "PPNConfig", "channels_of"]
 
 NETWORKS = ("segmentation", "reconstruction")
 
@@ -174,7 +174,7 @@ class PPN(StreamModel):
             stacked = padded.unfold(1, history, 1)[:, frames - kept :]
             maps, frames = stacked.transpose(4, 5).flatten(4, 5), kept
         inputs = {
-            "window": _channels(maps.flatten(0, 1)),
+            "window": channels_of(maps.flatten(0, 1)),
             "cell": window["cell"][:, -kept:].flatten(0, 1),
             "points": window["points"][:, -kept:].flatten(0, 1),
         }
@@ -193,21 +193,27 @@ class PPN(StreamModel):
 
     def take(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tree:
         """The input of both networks; the history takes in the new map."""
-        return {"window": _channels(self.maps(x, state, rows)), "cell": x["cell"], "points": x["points"]}
+        window = self.maps(x, state, rows)
+        self.keep(window, state, rows)
+        return {"window": channels_of(window), "cell": x["cell"], "points": x["points"]}
 
-    def maps(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tensor:
-        """What the first layers see, uint8 [B, X, Y, C]; the history takes in the new map."""
+    def maps(self, x: Tree, state: Tree, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """What the first layers see, uint8 [B, X, Y, C]; in `out`, if there is one. The history stays as it is."""
         new: Tensor = x["map"]
+        if not state["shared"]:
+            return new if out is None else out.copy_(new)
+        past = state["shared"]["maps"]
+        return torch.cat([past if rows is None else past.index_select(0, rows), new], 3, out=out)
+
+    def keep(self, window: Tensor, state: Tree, rows: Tensor | None = None) -> None:
+        """The history takes in the newest map of what `maps` gave."""
         if state["shared"]:
             past = state["shared"]["maps"]
-            window = torch.cat([past if rows is None else past.index_select(0, rows), new], 3)
-            kept = window[..., new.shape[3] :]
+            kept = window[..., window.shape[3] - past.shape[3] :]
             if rows is None:
                 past.copy_(kept)
             else:
                 past.index_copy_(0, rows, kept)
-            new = window
-        return new
 
     def step(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tree:
         """The sweep of each stream -> `classes` [B, N, K - 1], `occupied` [B, 2, X, Y]."""
@@ -229,7 +235,7 @@ class PPN(StreamModel):
             _move(state, row, cells, self.config.cells[:2], None)
 
 
-def _channels(maps: Tensor) -> Tensor:
+def channels_of(maps: Tensor) -> Tensor:
     """[B, X, Y, C] as float32 [B, C, X, Y], in the same order in memory."""
     return maps.permute(0, 3, 1, 2).float()
 

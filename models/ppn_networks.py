@@ -75,19 +75,49 @@ class Trunk(nn.Module):
             if self.mix:
                 mix: Any = self.mix[i]
                 if state is None:
-                    past = mix(x.unflatten(0, (-1, frames))).flatten(0, 1)
+                    mixed = mix(x.unflatten(0, (-1, frames))).flatten(0, 1)
                 else:
-                    past = mix.step(x, state[str(i)], rows)
-                x = F.relu(x + past)
+                    mixed = _step_over_time(mix, x, state[str(i)], rows)
+                x = F.relu(x + mixed)
             levels.append(x)
         for i in reversed(range(len(self.up))):
             x = self.up[i](levels[i] + F.interpolate(self.lateral[i](x), scale_factor=2.0, mode="nearest"))
         return x
 
     def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
-        """The last maps of each level; empty without temporal convolutions."""
+        """The last maps of each level, channels innermost in memory; empty without temporal convolutions."""
         layers: list[Any] = list(self.mix)
-        return {str(i): mix.initial_state(streams, device) for i, mix in enumerate(layers)}
+        return {
+            str(i): {
+                name: leaf.contiguous(memory_format=torch.channels_last_3d)
+                for name, leaf in mix.initial_state(streams, device).items()
+            }
+            for i, mix in enumerate(layers)
+        }
+
+
+def _step_over_time(mix: Conv3d, x: Tensor, state: Tree, rows: Tensor | None) -> Tensor:
+    """`mix.step` for a kernel over time alone: a product for each tap.
+
+    The layer's own step makes one product of all taps, for which maps have to lie one behind the other. Here their
+    channels are innermost, and to put them so takes longer than the product.
+    """
+    weight = mix.weight
+    y = F.conv2d(x, weight[:, :, -1], mix.bias)
+    if not state:
+        return y
+    past = state["past"]
+    kept = past if rows is None else past.index_select(0, rows)
+    for tap in range(kept.shape[2]):
+        y = y + F.conv2d(kept[:, :, tap], weight[:, :, tap])
+    newest = x.detach()
+    if rows is None:
+        if kept.shape[2] > 1:
+            past[:, :, :-1].copy_(kept[:, :, 1:].clone())
+        past[:, :, -1].copy_(newest)
+    else:
+        past.index_copy_(0, rows, torch.cat([kept[:, :, 1:], newest.unsqueeze(2)], 2))
+    return y
 
 
 class Segmentation(nn.Module):

@@ -9,29 +9,48 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from types import TracebackType
-from typing import IO, Literal, Protocol, Self, TypeAlias
+from typing import Literal, Protocol, Self, TypeAlias
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from stepstream.models.base import Tree
-from stepstream.models.ppn import PPN
-from stepstream.models.ppn_shared import DONE, READY, STEP, SharedArrays, flat_leaves, layout_of
+from stepstream.models.ppn import PPN, channels_of
+from stepstream.models.ppn_shared import (
+    COMMAND,
+    DONE,
+    READY,
+    SharedArrays,
+    SharedState,
+    StateFile,
+    flat_leaves,
+    layout_of,
+    slot,
+)
 
-__all__ = ["InStreams", "InTurn", "Mode", "Runner", "TwoProcesses", "WorkerDied", "runner_for"]
+__all__ = ["ENVIRONMENT", "InStreams", "InTurn", "Mode", "Runner", "TwoProcesses", "WorkerDied", "runner_for"]
 
 Mode: TypeAlias = Literal["sequential", "processes", "streams"]
 
 _STARTS = 2
 """Workers that one step may cost before it is given up."""
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+}
+"""Of a process that runs a network. glibc's malloc gives the system back what a step used when it is done and takes it
+anew, page by page, in the next; so it keeps it.
+"""
 
 
 class WorkerDied(RuntimeError):
@@ -80,6 +99,9 @@ class InTurn:
         return self.model.initial_state(streams, device)
 
     def step(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tree:
+        if rows is not None and len(rows) == 1 and rows.device.type == "cpu":
+            # A slot as a view: nothing has to be gathered and put back.
+            state, rows = slot(state, int(rows[0])), None
         with torch.inference_mode(), threads(self._threads):
             inputs = self.model.take(x, state, rows)
             found = []
@@ -96,9 +118,10 @@ class InTurn:
 class TwoProcesses:
     """Segmentation here, reconstruction in a second process, each on one thread; one stream a step.
 
-    A worker that dies or says nothing for `patience_s` is replaced and asked again: the state it was given is still
-    here, so that nothing is lost. If its successor fails on the same step, WorkerDied says how. `core`: where the
-    worker stays, None: where the system puts it. `restarts`: workers that were replaced.
+    Steps a state that its `initial_state` gave: reconstruction's part lies in memory that both processes see. A worker
+    that dies or says nothing for `patience_s` is replaced and asked again, from the state as it was before it began: so
+    nothing is lost. If its successor fails on the same step, WorkerDied says how. `core`: where the worker stays, None:
+    where the system puts it. `restarts`: workers that were replaced.
     """
 
     def __init__(self, model: PPN, core: int | None = None, patience_s: float = 60.0) -> None:
@@ -106,13 +129,16 @@ class TwoProcesses:
         self.spans: dict[str, tuple[float, float]] = {}
         self.restarts = 0
         self._worker: subprocess.Popen[bytes] | None = None
+        self._link: socket.socket | None = None
+        self._sent: int | None = None
         x, y, z = model.config.cells
         channels = z * (model.config.history if model.config.architecture == "ppn" else 1)
         like = model.reconstruction.trunk.initial_state(1)
-        layout = layout_of(torch.empty((1, x, y, channels), dtype=torch.uint8), like, (1, 2, x, y))
+        self._states = SharedState(like)
+        layout = layout_of((1, x, y, channels), like, (1, 2, x, y))
         self._memory, self._weights = os.memfd_create("ppn-step"), os.memfd_create("ppn-weights")
         os.ftruncate(self._memory, SharedArrays.bytes_of(layout))
-        self._shared = SharedArrays(self._memory, layout)
+        self._shared = SharedArrays(self._memory, layout).tensors
         weights = save({name: leaf.contiguous() for name, leaf in model.state_dict().items()})
         with os.fdopen(os.dup(self._weights), "wb") as stream:
             stream.write(weights)
@@ -131,102 +157,116 @@ class TwoProcesses:
         return None if self._worker is None else self._worker.pid
 
     def initial_state(self, streams: int, device: torch.device | str | None = None) -> Tree:
-        return self.model.initial_state(streams, device)
+        state = self.model.initial_state(streams, device)
+        state["reconstruction"] = self._states.fresh(streams)
+        return state
 
     def step(self, x: Tree, state: Tree, rows: Tensor | None = None) -> Tree:
-        row = torch.zeros(1, dtype=torch.int64) if rows is None else rows
-        if len(row) != 1 or x["map"].shape[0] != 1:
-            raise ValueError(f"{len(row)} streams in one step: TwoProcesses takes one at a time")
+        """As `PPN.step`. Raises ValueError for more than one stream, and for a state from elsewhere; WorkerDied."""
+        for count in (x["map"].shape[0], 1 if rows is None else len(rows)):
+            if count != 1:
+                raise ValueError(f"{count} streams in one step: TwoProcesses takes one at a time")
+        row = 0 if rows is None else int(rows[0])
+        file = self._states.file_of(state["reconstruction"])
         with torch.inference_mode(), threads(1):
-            window = self.model.maps(x, state, row)
-            inputs = {"window": window.permute(0, 3, 1, 2).float(), "cell": x["cell"], "points": x["points"]}
-            shared = self._shared.tensors
-            shared["inputs"].copy_(window)
-            asked = self._ask(state["reconstruction"], row)
-            began = time.monotonic()
-            classes = self.model.segmentation(inputs, 1, 1, state["segmentation"], row)
-            self.spans["segmentation"] = (began, time.monotonic())
-            self._await(state["reconstruction"], row, asked)
-            for name, leaf in flat_leaves(state["reconstruction"]).items():
-                leaf.index_copy_(0, row, shared[name])
-            times = shared["times"].tolist()
+            here = slot({name: state[name] for name in ("shared", "segmentation")}, row)
+            # The worker waits for the map: what it does not need is done when it has it.
+            window = self.model.maps(x, here, out=self._shared["inputs"])
+            asked = self._ask(file, row)
+            try:
+                self.model.keep(window, here)
+                inputs = {"window": channels_of(window), "cell": x["cell"], "points": x["points"]}
+                began = time.monotonic()
+                classes = self.model.segmentation(inputs, 1, 1, here["segmentation"])
+                self.spans["segmentation"] = (began, time.monotonic())
+                self._await(state["reconstruction"], file, row, asked)
+            except BaseException:
+                # Its answer to this step must not be taken for one to the next.
+                self._end()
+                self._undo(state["reconstruction"], row)
+                raise
+            times = self._shared["times"].tolist()
             self.spans["reconstruction"] = (times[0], times[1])
-            return {"classes": classes, "occupied": shared["output"].clone()}
+            return {"classes": classes, "occupied": self._shared["output"].clone()}
 
-    def _ask(self, state: Tree, row: Tensor) -> bool:
-        """Hands the state over and says go; False if the worker is gone."""
-        for name, leaf in flat_leaves(state).items():
-            torch.index_select(leaf, 0, row, out=self._shared.tensors[name])
+    def _ask(self, file: StateFile | None, row: int) -> bool:
+        """Says go; False if the worker is gone."""
+        link = self._running()
+        self._shared["begun"][0] = 0
+        new = file is not None and file.number != self._sent
         try:
-            stream = self._running().stdin
-            assert stream is not None
-            stream.write(STEP)
-        except BrokenPipeError:
+            socket.send_fds(link, [COMMAND.pack(row, file.slots if file else 0)], [file.fd] if file and new else [])
+        except OSError:
             return False
+        self._sent = file.number if file else None
         return True
 
-    def _await(self, state: Tree, row: Tensor, asked: bool) -> None:
+    def _await(self, state: Tree, file: StateFile | None, row: int, asked: bool) -> None:
         for attempt in range(_STARTS):
             if asked and self._answer() == DONE:
                 return
             how = self._end()
+            self._undo(state, row)
             self.restarts += 1
             if attempt + 1 < _STARTS:
-                asked = self._ask(state, row)
+                asked = self._ask(file, row)
         raise WorkerDied(f"the process for reconstruction failed {_STARTS} times on one sweep, the last {how}")
+
+    def _undo(self, state: Tree, row: int) -> None:
+        """The state as it was before a worker that is gone began to write it."""
+        if self._shared["begun"][0]:
+            for name, leaf in flat_leaves(slot(state, row), "undo").items():
+                leaf.copy_(self._shared[name])
+            self._shared["begun"][0] = 0
 
     def _answer(self) -> bytes:
         """One byte; b"" if the worker is gone or says nothing in time."""
-        assert self._worker is not None
-        stream: IO[bytes] | None = self._worker.stdout
-        assert stream is not None
-        ready, _, _ = select.select([stream], [], [], self._patience)
-        return stream.read(1) if ready else b""
+        assert self._link is not None
+        self._link.settimeout(self._patience)
+        try:
+            return self._link.recv(1)
+        except OSError:
+            return b""
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._worker is not None:
-            return self._worker
-        command = [sys.executable, "-m", "stepstream.models.ppn_worker"]
-        self._worker = subprocess.Popen(  # noqa: S603
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            pass_fds=(self._memory, self._weights),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self._worker.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone already, as the next line finds
-            self._worker.stdin.write(json.dumps(self._start).encode() + b"\n")
+    def _running(self) -> socket.socket:
+        if self._link is not None:
+            return self._link
+        self._link, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with there:
+            self._worker = subprocess.Popen(
+                [sys.executable, "-m", "stepstream.models.ppn_worker"],
+                stdin=there.fileno(),
+                # Whatever a library prints is no part of what this process prints.
+                stdout=subprocess.DEVNULL,
+                pass_fds=(self._memory, self._weights),
+                env={**os.environ, **ENVIRONMENT},
+            )
+        with contextlib.suppress(OSError):  # it is gone already, as the next line finds
+            self._link.send(json.dumps(self._start).encode())
         if self._answer() != READY:
             how = self._end()
             raise WorkerDied(f"the process for reconstruction did not start: {how}")
-        return self._worker
+        return self._link
 
     def _end(self) -> str:
         """Ends the worker; how it ended."""
         worker, self._worker = self._worker, None
+        link, self._link = self._link, None
+        self._sent = None
+        if link is not None:
+            link.close()
         if worker is None:
             return "before it ran"
         try:
             worker.wait(0.2)
-            how = f"with exit code {worker.returncode}"
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
-            how = f"without an answer in {self._patience:g} s"
-        for stream in (worker.stdin, worker.stdout):
-            if stream is not None:
-                stream.close()
-        return how
+            return f"without an answer in {self._patience:g} s"
+        return f"with exit code {worker.returncode}"
 
     def close(self) -> None:
         """Ends the worker. The runner may be used again: the next step starts another."""
-        if self._worker is not None and self._worker.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._worker.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._worker.wait(5)
         self._end()
 
     def __enter__(self) -> Self:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from stepstream.connectors.records import Record
 from stepstream.models.base import StreamModel, Tree, close_rows, copy_rows, state_bytes_per_stream
@@ -71,8 +70,10 @@ class StateRows:
 
     def _grow(self) -> None:
         """Doubles the capacity, so that n streams are opened in O(n) copies."""
-        more = self._model.initial_state(self._capacity, self._device)
-        self.state = _join(self.state, more)
+        # The model makes it, not a concatenation: where state lies may be the model's to choose.
+        grown = self._model.initial_state(2 * self._capacity, self._device)
+        close_rows(grown, self.state, torch.arange(self._capacity, device=self._device))
+        self.state = grown
         self._free = list(range(2 * self._capacity - 1, self._capacity - 1, -1))
         self._capacity *= 2
 
@@ -96,12 +97,6 @@ class StateRows:
         _check(self._fresh, saved, "state")
         row = torch.tensor([self.row(key)], device=self._device)
         close_rows(self.state, _map(saved, lambda leaf: torch.as_tensor(leaf)[None]), row)
-
-
-def _join(first: Tree, second: Tree) -> Tree:
-    if isinstance(first, Tensor):
-        return torch.cat([first, second])
-    return {name: _join(first[name], second[name]) for name in first}
 
 
 def _map(tree: Tree, function: Any) -> Tree:

@@ -73,6 +73,22 @@ def test_step_equals_window_far_past_the_first_for_streams_on_their_own_clocks(a
                     clocks[row] += 1
 
 
+@pytest.mark.parametrize("temporal", [1, 2, 3])
+@pytest.mark.parametrize("rows", [None, [1, 0]])
+def test_step_equals_window_whatever_the_kernel_over_time(temporal: int, rows: list[int] | None) -> None:
+    model = network("pyramid", temporal=temporal)
+    frames = 2 * int(model.receptive_field or 0) + 1
+    x = stream(frames, batch=2)
+    with torch.no_grad():
+        whole, state = model(x), model.initial_state(2)
+        for t in range(frames):
+            y = model.step(at(x, t, rows), state, None if rows is None else torch.tensor(rows))
+            for name, leaf in y.items():
+                torch.testing.assert_close(
+                    leaf, whole[name][slice(None) if rows is None else rows, t], rtol=1e-5, atol=1e-5
+                )
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_outputs_depend_on_the_receptive_field_and_on_nothing_before(architecture: str) -> None:
     model = network(architecture)
@@ -136,7 +152,7 @@ def test_a_world_that_stands_still_is_kept_exactly_by_stacked_maps_that_move() -
             last = corners[t - 1]
             model.move(state, 1, (last[0] - corner[0], last[1] - corner[1]))
         x, y = corner
-        model.maps({"map": world[None, t, x : x + 32, y : y + 32]}, state, rows)
+        model.take({"map": world[None, t, x : x + 32, y : y + 32], "cell": None, "points": None}, state, rows)
     kept = state["shared"]["maps"][1].unflatten(2, (3, 4)).permute(2, 0, 1, 3)
     x, y = corners[-1]
     for i, t in enumerate((1, 2, 3)):
