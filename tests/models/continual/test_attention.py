@@ -211,6 +211,15 @@ def test_rotary_scores_depend_on_the_distance_only_however_late() -> None:
         Rotary(5)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]))
+def test_recycling_positions_of_any_number(width: int, embeddings: int, seed: int, dtype: torch.dtype) -> None:
+    layer = RecyclingPositions(width, embeddings).to(dtype)
+    x = torch.randn(3, 5 * embeddings + 2, width, dtype=dtype)
+    check_step_equals_window(layer, x)
+    check_ragged_clocks(layer, x, seed)
+
+
 def test_recycling_positions_start_anywhere_and_recycle() -> None:
     layer = RecyclingPositions(8, 5)
     x = torch.randn(2, 40, 8)
