@@ -179,6 +179,20 @@ def test_a_cache_of_fewer_bits_is_wrong_by_no_more_than_it_says(precision: Any, 
     check_ragged_clocks(exact, x[:, :50])
 
 
+def test_a_float32_cache_of_a_float64_layer_rounds_once() -> None:
+    torch.manual_seed(0)
+    exact = ContinualAttention(16, 2, 5).double().eval()
+    small = ContinualAttention(16, 2, 5, cache="float32").double().eval()
+    small.load_state_dict(exact.state_dict())
+    x = torch.randn(2, 60, 16).double()
+    state, wanted = small.initial_state(2), exact.initial_state(2)
+    found, right = stepped(small, x, state), stepped(exact, x, wanted)
+    assert state["keys_values"]["data"].dtype == torch.float32
+    assert torch.equal(state["keys_values"]["data"], wanted["keys_values"]["data"].float())
+    assert 0 < float((found - right).abs().max()) < 2**-22 * float(right.abs().max())
+    assert_close(small(x), exact(x))
+
+
 def test_state_bytes_are_known_before_the_run() -> None:
     layer = ContinualAttention(64, 4, 32, cache="int8")
     planned = state_bytes_per_stream(layer.initial_state(1, "meta"))

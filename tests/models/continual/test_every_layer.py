@@ -145,6 +145,17 @@ def _stepped_at_random(model: StreamModel, window: Tree, seed: int) -> list[list
 
 
 @every_layer()
+def test_a_step_without_rows_gives_no_rows_and_changes_nothing(name: str) -> None:
+    model, window = build(name), window_of(name, 3, 9)
+    state = model.initial_state(3)
+    wanted = steps(model, window, state).shape
+    before = leaves(copy_rows(state, torch.arange(3)))
+    found = steps(model, each(window, lambda part: part[:0]), state, torch.arange(0))
+    assert found.shape == (0, *wanted[1:])
+    assert all(torch.equal(leaf, before[key]) for key, leaf in leaves(state).items())
+
+
+@every_layer()
 def test_a_slot_that_has_no_input_keeps_its_bits(name: str) -> None:
     model, window = build(name), window_of(name, 3, 8)
     state = model.initial_state(3)
