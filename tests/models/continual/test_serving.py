@@ -212,7 +212,7 @@ def restless_threads() -> Iterator[None]:
 @every_layer()
 @pytest.mark.usefixtures("restless_threads")
 def test_threads_step_different_rows_of_one_state(name: str) -> None:
-    model, window = build(name), window_of(name, 8, 30)
+    model, window = build(name), window_of(name, 8, 20)
     pairs = [each(window, lambda part, i=i: part[2 * i : 2 * i + 2]) for i in range(4)]
     wanted = [steps(model, pair, model.initial_state(2)) for pair in pairs]
     state = model.initial_state(8)
