@@ -131,6 +131,8 @@ class RecurrentForecaster(StreamModel):
         """One frame for each stream in `rows` -> forecasts [B, H, N]."""
         if rows is None:
             rows = torch.arange(state["age"].shape[0], device=state["age"].device)
+        if rows.shape[0] == 0:
+            return x["value"].new_zeros(0, self._sizes.horizons, self._sizes.sensors)
         before = {name: leaf.index_select(0, rows) for name, leaf in state.items()}
         output, after = self._unroll({name: part.unsqueeze(1) for name, part in x.items()}, before)
         for name, leaf in after.items():

@@ -91,8 +91,9 @@ class ContinualAttention(Layer):
 
     def project(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X [..., width] at `time` [...] -> queries, keys, values [..., heads, head width], keys as they are cached."""
-        qkv = self._project_in(x)
-        q, k, v = qkv.view(*x.shape[:-1], -1, self.head_width).split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        parts = [self.heads, self.kv_heads, self.kv_heads]
+        qkv = self._project_in(x).view(*x.shape[:-1], sum(parts), self.head_width)
+        q, k, v = qkv.split(parts, dim=-2)
         if self.rotary is not None:
             q, k = self.rotary(q, time), self.rotary(k, time)
         return q, k, v
@@ -111,14 +112,14 @@ class ContinualAttention(Layer):
     def project_query(self, x: Tensor, time: Tensor) -> Tensor:
         """The queries alone: x [..., width] at `time` [...] -> [..., heads, head width]."""
         bias = None if self.in_proj_bias is None else self.in_proj_bias[: self.width]
-        q = F.linear(x, self.in_proj_weight[: self.width], bias).view(*x.shape[:-1], -1, self.head_width)
+        q = F.linear(x, self.in_proj_weight[: self.width], bias).view(*x.shape[:-1], self.heads, self.head_width)
         return q if self.rotary is None else self.rotary(q, time)
 
     def project_keys_values(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values alone: x [..., width] at `time` [...] -> [..., kv heads, head width] each."""
         bias = None if self.in_proj_bias is None else self.in_proj_bias[self.width :]
         kv = F.linear(x, self.in_proj_weight[self.width :], bias)
-        k, v = kv.view(*x.shape[:-1], -1, self.head_width).chunk(2, dim=-2)
+        k, v = kv.view(*x.shape[:-1], 2 * self.kv_heads, self.head_width).chunk(2, dim=-2)
         return (k if self.rotary is None else self.rotary(k, time)), v
 
     def attend_inputs(self, q: Tensor, x: Tensor, seen: Tensor) -> Tensor:
@@ -129,12 +130,12 @@ class ContinualAttention(Layer):
         Multi-head latent attention serves so (DeepSeek-V2, arXiv:2405.04434). q [B, heads, 1, head width]; x
         [B, K, width]; seen bool, broadcast to [B, 1, 1, K] -> [B, heads, 1, head width]. Not for rotary keys.
         """
-        batch = q.shape[0]
+        batch, group = q.shape[0], self.heads // self.kv_heads
         keys, values = self.in_proj_weight[self.width :].view(2, self.kv_heads, self.head_width, self.width)
-        grouped = q.view(batch, self.kv_heads, -1, self.head_width)
+        grouped = q.view(batch, self.kv_heads, group, self.head_width)
         asked = (grouped @ keys).view(batch, self.heads, self.width)
         scores = torch.where(seen[:, :, 0], asked @ x.transpose(1, 2) / self.head_width**0.5, -torch.inf)
-        mean = (scores.softmax(dim=-1) @ x).view(batch, self.kv_heads, -1, self.width)
+        mean = (scores.softmax(dim=-1) @ x).view(batch, self.kv_heads, group, self.width)
         taken = mean @ values.transpose(1, 2)
         if self.in_proj_bias is not None:
             bias = self.in_proj_bias[self.width :].view(2, self.kv_heads, 1, self.head_width)
@@ -273,7 +274,7 @@ class ContinualAttention(Layer):
 
     def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
         """`advance` without the last projection: [B, width]."""
-        qkv = self._project_in(x).view(x.shape[0], -1, self.head_width)
+        qkv = self._project_in(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_width)
         if self.rotary is not None:
             rotated = self.heads + self.kv_heads
             qkv[:, :rotated] = self.rotary(qkv[:, :rotated], take(state["clock"], rows))

@@ -53,11 +53,12 @@ class GraphConvolution(Follower):
     def _spread(self, x: Tensor) -> Tensor:
         """[N, C, S] -> [N, out, S]."""
         batch, channels, size = x.shape
+        partitions = self.adjacency.shape[0]
         # The channels are mixed last, over all partitions at once.
         edges = (self.adjacency * self.importance).transpose(0, 1).flatten(1)
         spread = x.reshape(-1, self.nodes) @ edges
-        spread = spread.reshape(batch, channels, size // self.nodes, -1, self.nodes)
-        mixed = self.weight @ spread.permute(0, 3, 1, 2, 4).reshape(batch, -1, size)
+        spread = spread.reshape(batch, channels, size // self.nodes, partitions, self.nodes)
+        mixed = self.weight @ spread.permute(0, 3, 1, 2, 4).reshape(batch, partitions * channels, size)
         return mixed if self.bias is None else mixed + self.bias[:, None]
 
     def forward(self, x: Tensor) -> Tensor:

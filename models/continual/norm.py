@@ -145,6 +145,8 @@ class InstanceNorm(_Norm, TorchInstanceNorm):
         return self._statistics(x)
 
     def _statistics(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x  # which torch's cannot take
         return F.instance_norm(
             x,
             self.running_mean,

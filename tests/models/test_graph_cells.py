@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.models import traffic_forms as forms
-from tests.models.traffic_forms import SENSORS, at, frames
+from tests.models.traffic_forms import SENSORS, frames
 from torch import Tensor
 
 from stepstream.models import graph_cells
@@ -55,11 +55,6 @@ def a_model(cell: str, dtype: torch.dtype = torch.float32, **options: Any) -> Gr
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_step_equals_window(cell: str, dtype: torch.dtype, tolerance: float) -> None:
     forms.step_equals_window(a_model(cell, dtype), frames(2, 60, dtype), tolerance)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_rows_run_on_their_own_clocks(cell: str) -> None:
-    forms.rows_run_on_their_own_clocks(a_model(cell, torch.float64), 20)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -137,15 +132,6 @@ def test_only_a3tgcn_forgets() -> None:
         assert bool((model(window)[:, t] != model(other)[:, t]).any()) is depends, t
     assert a_model("TGCN").receptive_field is None
     assert forms.depends_on(a_model("TGCN", torch.float64), 30, 19) == list(range(20))
-
-
-def test_step_compiles_without_a_graph_break() -> None:
-    """Of these cells, only DCRNN does not: it counts its edges anew in every step."""
-    model = a_model("GConvGRU")
-    window, state, plain = frames(2, 2), model.initial_state(2), model.initial_state(2)
-    compiled = torch.compile(model.step, fullgraph=True, backend="eager")
-    for t in range(2):
-        torch.testing.assert_close(compiled(at(window, t), state), model.step(at(window, t), plain))
 
 
 def write(folder: Path, cell: str = "GConvLSTM", **options: Any) -> GraphCellModel:

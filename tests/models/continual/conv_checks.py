@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
-from torch import Tensor, nn
+from equality import assert_close, check_ragged_clocks, check_step_equals_window
+from torch import Tensor
 
 from stepstream.models.base import close_rows, copy_rows
 from stepstream.models.continual.base import Layer
@@ -101,12 +100,12 @@ def measured_field(layer: Layer, x: Tensor) -> int:
     return int(back[changed].max())
 
 
-def check_compiled(layer: Layer, x: Tensor, backend: str = "aot_eager", without_rows: bool = False) -> None:
-    """A compiled step gives the eager step's outputs and states, with rows, or also without; x [B, T, ...]."""
+def check_compiled(layer: Layer, x: Tensor) -> None:
+    """What inductor makes of a step gives the eager step's outputs and states, with and without rows; x [B, T, ...]."""
     torch._dynamo.reset()
-    compiled = torch.compile(layer.advance, fullgraph=True, backend=backend)
+    compiled = torch.compile(layer.advance, fullgraph=True)
     with torch.no_grad():
-        for rows in [torch.arange(x.shape[0]).flip(0), *([None] if without_rows else [])]:
+        for rows in (torch.arange(x.shape[0]).flip(0), None):
             a, b = (layer.initial_state(x.shape[0]) for _ in range(2))
             for t in range(x.shape[1]):
                 (y, due), (wanted, wanted_due) = compiled(x[:, t], a, rows), layer.advance(x[:, t], b, rows)
@@ -115,30 +114,6 @@ def check_compiled(layer: Layer, x: Tensor, backend: str = "aot_eager", without_
                 torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
             for found, leaf in zip(leaves(a), leaves(b), strict=True):
                 torch.testing.assert_close(found, leaf, atol=1e-5, rtol=1e-5)
-
-
-class _Step(nn.Module):
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, state: Any, rows: Tensor) -> tuple[Tensor, ...]:
-        y, due = self.layer.advance(x, state, rows)
-        return (y,) if due is None else (y, due)
-
-
-def check_exported(layer: Layer, x: Tensor) -> None:
-    """torch.export keeps the step, its state an input that it changes in place; x [B, T, ...]."""
-    rows = torch.arange(x.shape[0]).flip(0)
-    with torch.no_grad():
-        exported = torch.export.export(_Step(layer), (x[:, 0], layer.initial_state(x.shape[0]), rows)).module()
-        state = layer.initial_state(x.shape[0])
-        state_eager = layer.initial_state(x.shape[0])
-        for t in range(x.shape[1]):
-            y, wanted = exported(x[:, t], state, rows)[0], layer.advance(x[:, t], state_eager, rows)[0]
-            torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
-        for found, leaf in zip(leaves(state), leaves(state_eager), strict=True):
-            torch.testing.assert_close(found, leaf, atol=1e-5, rtol=1e-5)
 
 
 def check_no_graph(layer: Layer, x: Tensor) -> None:
@@ -151,22 +126,3 @@ def check_no_graph(layer: Layer, x: Tensor) -> None:
     if y.requires_grad:
         y.sum().backward()
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in layer.parameters())
-
-
-def check_threads(layer: Layer, x: Tensor) -> None:
-    """Two threads that step different slots of one state at once give what each stream gives alone; x [2, T, ...]."""
-    state = layer.initial_state(2)
-    outputs: list[Tensor | None] = [None, None]
-
-    def work(i: int) -> None:
-        outputs[i] = stepped(layer, x[i : i + 1], state, torch.tensor([i]))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    with torch.no_grad():
-        for i, found in enumerate(outputs):
-            assert found is not None
-            assert_close(found, layer(x[i : i + 1]))

@@ -179,6 +179,20 @@ def test_a_cache_of_fewer_bits_is_wrong_by_no_more_than_it_says(precision: Any, 
     check_ragged_clocks(exact, x[:, :50])
 
 
+def test_a_float32_cache_of_a_float64_layer_rounds_once() -> None:
+    torch.manual_seed(0)
+    exact = ContinualAttention(16, 2, 5).double().eval()
+    small = ContinualAttention(16, 2, 5, cache="float32").double().eval()
+    small.load_state_dict(exact.state_dict())
+    x = torch.randn(2, 60, 16).double()
+    state, wanted = small.initial_state(2), exact.initial_state(2)
+    found, right = stepped(small, x, state), stepped(exact, x, wanted)
+    assert state["keys_values"]["data"].dtype == torch.float32
+    assert torch.equal(state["keys_values"]["data"], wanted["keys_values"]["data"].float())
+    assert 0 < float((found - right).abs().max()) < 2**-22 * float(right.abs().max())
+    assert_close(small(x), exact(x))
+
+
 def test_state_bytes_are_known_before_the_run() -> None:
     layer = ContinualAttention(64, 4, 32, cache="int8")
     planned = state_bytes_per_stream(layer.initial_state(1, "meta"))
@@ -209,6 +223,15 @@ def test_rotary_scores_depend_on_the_distance_only_however_late() -> None:
         assert abs(float(score(late) - score(5))) < 1e-5
     with pytest.raises(ValueError, match="head_width is 5"):
         Rotary(5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 999), st.sampled_from([torch.float32, torch.float64]))
+def test_recycling_positions_of_any_number(width: int, embeddings: int, seed: int, dtype: torch.dtype) -> None:
+    layer = RecyclingPositions(width, embeddings).to(dtype)
+    x = torch.randn(3, 5 * embeddings + 2, width, dtype=dtype)
+    check_step_equals_window(layer, x)
+    check_ragged_clocks(layer, x, seed)
 
 
 def test_recycling_positions_start_anywhere_and_recycle() -> None:

@@ -8,10 +8,7 @@ import pytest
 import torch
 from conv_checks import (
     check_all,
-    check_compiled,
-    check_exported,
     check_no_graph,
-    check_threads,
     clone,
     leaves,
     measured_field,
@@ -274,28 +271,6 @@ def test_gradients() -> None:
     x = random_window(1, 9, 2, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
     check_no_graph(layer.float(), random_window(2, 12, 2))
-
-
-def test_two_threads_step_different_rows() -> None:
-    layer = Sequential(Conv1d(4, 4, 5), Residual(Conv1d(4, 4, 3, padding=1)), Conv1d(4, 4, 3, padding="causal"))
-    check_threads(randomised(layer), random_window(2, 200, 4))
-
-
-def a_network() -> Layer:
-    return randomised(
-        Sequential(
-            Conv1d(3, 4, 3),
-            BatchNorm1d(4),
-            Residual(Sequential(Pointwise(nn.ReLU()), Conv1d(4, 4, 3, padding=1))),
-            MaxPool(2),
-            Parallel(Delay(1), AvgPool(2, 1, "causal"), reduce="concat"),
-        )
-    )
-
-
-def test_compiles_and_exports() -> None:
-    check_compiled(a_network(), random_window(2, 9, 3))
-    check_exported(a_network(), random_window(2, 9, 3))
 
 
 def test_equals_continual_inference() -> None:

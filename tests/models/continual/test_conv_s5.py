@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from equality import assert_close, check_ragged_clocks, check_step_equals_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrent_checks import awake, check_compiles, check_no_graph, check_rows
+from recurrent_checks import awake, check_no_graph, check_rows
 from torch import Tensor
 
 from stepstream.models.base import state_bytes_per_stream
@@ -91,10 +91,6 @@ def test_rows_gradients_and_memory() -> None:
     layer = awake(ConvS5(1, 2, (2, 3)).double())
     x = images(1, 3, 1, 2, 3, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()), fast_mode=True)
-
-
-def test_compiles_and_exports() -> None:
-    check_compiles(awake(ConvS5(2, 3, (3, 4))), images(3, 4, 2, 3, 4))
 
 
 def test_what_does_not_fit_is_refused() -> None:

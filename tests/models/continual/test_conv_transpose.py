@@ -8,10 +8,7 @@ import pytest
 import torch
 from conv_checks import (
     check_all,
-    check_compiled,
-    check_exported,
     check_no_graph,
-    check_threads,
     measured_field,
     random_window,
     randomised,
@@ -165,21 +162,3 @@ def test_gradients_of_the_window_form() -> None:
     x = random_window(1, 5, 2, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,), fast_mode=True)
     check_no_graph(layer.float(), random_window(2, 5, 2))
-
-
-def test_two_threads_step_different_rows() -> None:
-    check_threads(randomised(ConvTranspose1d(8, 8, 5, 2, 1)), random_window(2, 200, 8))
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        ConvTranspose2d(2, 3, (4, 3), (1, 2), space=3),
-        Sequential(ConvTranspose1d(2, 3, 4, 2, 1), Conv1d(3, 2, 3, padding=0, stride=2)),
-    ],
-    ids=["space", "upsampling"],
-)
-def test_compiles_and_exports(layer: Any) -> None:
-    x = random_window(2, 6, *layer.features)
-    check_compiled(layer, x)
-    check_exported(layer, x)

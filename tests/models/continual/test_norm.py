@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conv_checks import check_all, check_compiled, check_exported, check_no_graph, random_window, randomised
+from conv_checks import check_all, check_no_graph, random_window, randomised
 from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +57,38 @@ def test_batch_norm_learns_from_windows_as_torchs_and_refuses_steps_meanwhile() 
         layer.step(x[:, 0, :, 0], {})
     with pytest.raises(NotSteppable, match="without running statistics"):
         BatchNorm1d(3, track_running_stats=False)
+
+
+@st.composite
+def norms(draw: st.DrawFn) -> tuple[Any, Any, tuple[int, ...]]:
+    """A norm within a step, torch's, and the shape of an input."""
+    channels = draw(st.integers(1, 4))
+    space = tuple(draw(st.lists(st.integers(2, 4), max_size=2)))
+    kind = draw(st.sampled_from(["layer", "group", "instance"]))
+    if kind == "layer":
+        shape = (channels + 1, *space)[draw(st.integers(0, len(space))) :]
+        return LayerNorm(shape), nn.LayerNorm(shape), (channels + 1, *space)
+    if kind == "group":
+        groups = draw(st.integers(1, 3))
+        features = (2 * groups * channels, *space)
+        return GroupNorm(groups, features[0]), nn.GroupNorm(groups, features[0]), features
+    space = space or (3,)
+    theirs = nn.InstanceNorm1d if len(space) == 1 else nn.InstanceNorm2d
+    return InstanceNorm(channels, affine=True), theirs(channels, affine=True), (channels, *space)
+
+
+@settings(max_examples=20, deadline=None)
+@given(chosen=norms(), double=st.booleans(), batch=st.integers(2, 4))
+def test_norms_within_a_step_of_any_shape(chosen: tuple[Any, Any, tuple[int, ...]], double: bool, batch: int) -> None:
+    layer, reference, features = chosen
+    dtype = torch.float64 if double else torch.float32
+    randomised(layer, dtype=dtype)
+    reference.to(dtype).load_state_dict(layer.state_dict())
+    x = random_window(batch, 9, *features, dtype=dtype)
+    with torch.no_grad():
+        for t in range(9):
+            assert_close(layer(x)[:, t], reference(x[:, t]))
+    check_all(layer, x)
 
 
 def test_layer_norm_equals_torch() -> None:
@@ -119,10 +151,3 @@ def test_gradients() -> None:
     for layer in (BatchNorm2d(4), GroupNorm(2, 4), LayerNorm(3), InstanceNorm(4)):
         assert torch.autograd.gradcheck(layer.double(), (x,), fast_mode=True)
         check_no_graph(layer.float().eval(), random_window(2, 3, 4, 3))
-
-
-@pytest.mark.parametrize("layer", [BatchNorm2d(4), GroupNorm(2, 4), LayerNorm(3), InstanceNorm(4)])
-def test_compiles_and_exports(layer: Any) -> None:
-    layer, x = randomised(layer), random_window(2, 3, 4, 3)
-    check_compiled(layer, x)
-    check_exported(layer, x)

@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from conv_checks import (
     check_all,
-    check_compiled,
-    check_exported,
     check_no_graph,
-    check_threads,
     measured_field,
     random_window,
 )
@@ -98,6 +95,27 @@ def test_global_pools(causal: bool, space: bool) -> None:
             assert_close(layer(x)[:, t - first], wanted)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.integers(1, 6),
+    space=st.booleans(),
+    causal=st.booleans(),
+    largest=st.booleans(),
+    dtype=SIZES["dtype"],
+    features=SIZES["features"],
+)
+def test_global_pools_of_any_window(
+    window: int, space: bool, causal: bool, largest: bool, dtype: torch.dtype, features: tuple[int, ...]
+) -> None:
+    kind = GlobalMaxPool if largest else GlobalAvgPool
+    layer = kind(window, space=space, causal=causal).to(dtype)
+    out = layer.bind(features)
+    assert layer.delay == (0 if causal else window - 1) and layer.receptive_field == window
+    x = random_window(2, 5 * window + 4, *features, dtype=dtype)
+    assert tuple(layer(x).shape[2:]) == out
+    check_all(layer, x)
+
+
 @pytest.mark.parametrize(("layer", "field"), [(AvgPool(4, 2, 1), 4), (MaxPool(3, 1, 0, 3), 7), (GlobalAvgPool(5), 5)])
 def test_receptive_field(layer: Any, field: int) -> None:
     layer.bind((2,))
@@ -146,20 +164,6 @@ def test_gradients() -> None:
         y, _ = layer.advance(now, state)
     (gradient,) = torch.autograd.grad(y.sum(), now)
     assert_close(gradient, torch.full_like(gradient, 1 / 3))
-
-
-def test_two_threads_step_different_rows() -> None:
-    layer = GlobalAvgPool(9)
-    layer.bind((8,))
-    check_threads(layer, random_window(2, 200, 8))
-
-
-@pytest.mark.parametrize("layer", [AvgPool(3, 2, 1, count_include_pad=False), MaxPool(3, 1, "causal", 2)])
-def test_compiles_and_exports(layer: Any) -> None:
-    layer.bind((3, 2))
-    x = random_window(2, 8, 3, 2)
-    check_compiled(layer, x)
-    check_exported(layer, x)
 
 
 def test_equals_continual_inference() -> None:

@@ -7,7 +7,7 @@ import torch
 from equality import assert_close, check_ragged_clocks, check_step_equals_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrent_checks import awake, check_compiles, check_no_graph, check_rows
+from recurrent_checks import awake, check_no_graph, check_rows
 from torch import Tensor, nn
 
 from stepstream.models.base import state_bytes_per_stream
@@ -129,8 +129,3 @@ def test_rows_gradients_and_memory(kind: type, options: dict) -> None:
     layers = options.get("num_layers", 1)
     wanted = layers * 8 * (5 if kind is GRU else 5 + options.get("proj_size", 5))
     assert state_bytes_per_stream(layer.initial_state(2)) == wanted
-
-
-@pytest.mark.parametrize(("kind", "options"), KINDS[1::2])
-def test_compiles_and_exports(kind: type, options: dict) -> None:
-    check_compiles(awake(kind(3, 5, **options)), inputs(3, 4, 3))

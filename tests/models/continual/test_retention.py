@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from equality import assert_close, check_ragged_clocks, check_step_equals_window, stepped
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrent_checks import awake, check_compiles, check_no_graph, check_rows, drift
+from recurrent_checks import awake, check_no_graph, check_rows, drift
 from torch import Tensor
 
 from stepstream.models.base import state_bytes_per_stream
@@ -128,10 +128,6 @@ def test_rows_gradients_and_memory() -> None:
     wanted = torch.autograd.grad(layer.parallel(x).square().sum(), tuple(layer.parameters()))
     for f, w in zip(found, wanted, strict=True):
         assert_close(f, w)
-
-
-def test_compiles_and_exports() -> None:
-    check_compiles(awake(Retention(8, 2)), inputs(3, 4, 8))
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from equality import assert_close, check_ragged_clocks, check_step_equals_window
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrent_checks import awake, check_compiles, check_no_graph, check_rows, drift
+from recurrent_checks import awake, check_no_graph, check_rows, drift
 from torch import Tensor
 
 from stepstream.models.base import state_bytes_per_stream
@@ -196,11 +196,6 @@ def test_rows_gradients_and_memory(timed: bool) -> None:
     ssm = layer.ssm.double()
     x = (0.1 + inputs(1, 4, 3 + timed, torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *_: ssm(x), (x, *ssm.parameters()))
-
-
-@pytest.mark.parametrize("timed", [False, True])
-def test_compiles_and_exports(timed: bool) -> None:
-    check_compiles(awake(S5Block(3, 4, timed=timed)), inputs(3, 4, 3 + timed))
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
