@@ -33,6 +33,7 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "attention-relative-absent": lambda: ContinualAttention(WIDTH, 2, 5, positions="relative", absent=True),
     "encoder": lambda: Encoder(2, WIDTH, 2, 5, feedforward=24, kv_heads=1),
     "two-blocks": lambda: TwoBlockEncoder(WIDTH, 2, 5, feedforward=24, positions="rotary"),
+    "two-blocks-long": lambda: TwoBlockEncoder(WIDTH, 2, 512, feedforward=24),
     "recycling-positions": lambda: RecyclingPositions(WIDTH, 7),
     "network": lambda: Sequential(
         Residual(Conv1d(WIDTH, WIDTH, 3, dilation=2, padding="causal")), Encoder(1, WIDTH, 2, 5, feedforward=24)
@@ -122,7 +123,7 @@ save_file({"y": stepped(layer, given["x"].clone(), state)}, sys.argv[4])
 
 
 def test_a_stream_goes_on_in_another_process_bit_for_bit(tmp_path: Path) -> None:
-    for name in ("attention-rotary-int8", "encoder", "two-blocks", "network"):
+    for name in ("attention-rotary-int8", "encoder", "two-blocks", "two-blocks-long", "network"):
         layer, x = build(name), torch.randn(2, 30, WIDTH)
         state = layer.initial_state(2)
         stepped(layer, x[:, :13], state)
