@@ -85,7 +85,7 @@ class ContinualAttention(Layer):
         nn.init.xavier_uniform_(self.in_proj_weight)
         if bias:
             nn.init.zeros_(self.out_proj.bias)
-        self._packed = Packed(), Packed()
+        self.packed = Packed(), Packed()
         self.rotary = Rotary(self.head_width) if positions == "rotary" else None
         self.age_bias = AgeBias(heads, memory) if positions == "relative" else None
 
@@ -103,11 +103,11 @@ class ContinualAttention(Layer):
         bias_learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         if bias_learns or "parametrizations" in self._modules:
             return F.linear(x, weight, bias)
-        return self._packed[0].linear(x, weight, bias)
+        return self.packed[0].linear(x, weight, bias)
 
     def project_out(self, attended: Tensor) -> Tensor:
         """`out_proj`, of what all heads took: [..., width] -> the same."""
-        return self._packed[1].through(self.out_proj, attended)
+        return self.packed[1].through(self.out_proj, attended)
 
     def project_query(self, x: Tensor, time: Tensor) -> Tensor:
         """The queries alone: x [..., width] at `time` [...] -> [..., heads, head width]."""

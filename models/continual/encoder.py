@@ -133,6 +133,21 @@ class EncoderLayer(Layer):
         attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
         return self.finish(x, attended), due
 
+    def finish_apart(self, table: LayerTable, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """`finish` but for its end: the residual, and what is yet to be added to it, and then normed if post-norm.
+
+        x, attended [T, width], contiguous; `attended` has not been through out_proj. `table`: this layer's, for `x`.
+        """
+        held: list[Any] = table.held
+        residual = torch.empty(x.shape)
+        inner = torch.empty(x.shape) if self.norm_first else residual
+        # Past the modules, which are plain, or there were no table: a thirtieth of a short window's step.
+        attended = self.self_attn.packed[1].linear(attended, *held[:2])
+        at = (x.data_ptr(), attended.data_ptr(), residual.data_ptr(), inner.data_ptr())
+        call_kernel("two_block_middle", table.table, table.eps, x.shape[0], *at)
+        hidden = _ACTIVATIONS[self.activation](self._packed[0].linear(inner, *held[6:8]))
+        return residual, self._packed[1].linear(hidden, *held[8:10])
+
     def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
         """`finish`, after the attention's last projection: one step of a few rows, [B, width], in one kernel."""
         attention = self.self_attn

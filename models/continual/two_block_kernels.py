@@ -1,6 +1,6 @@
-"""Fused ends of the two-block encoder's step: what comes before its first attention, and its second block.
+"""Fused parts of the two-block encoder's step: all of it but products of matrices, which torch does.
 
-As in `kernels.py`. Between them lie products of matrices, which torch does.
+As in `kernels.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stepstream.models.continual.kernels import (
     softmax,
 )
 
-__all__ = ["two_block_begin", "two_block_end"]
+__all__ = ["merge_blocks", "two_block_begin", "two_block_end", "two_block_middle"]
 
 Array = NDArray[Any]
 
@@ -41,11 +41,13 @@ def two_block_begin(
     clock_at: int,
     rows_at: int,
     due_at: int,
+    plan_at: int,
 ) -> bool:
     """Advances clocks of due rows, writes inputs and their queries, keys and values; False: nothing was done.
 
     `table`, eps: of the first block, see `LayerTable`. Addresses of x [batch, width], the state's leaves with so many
-    `streams`, rows int64 and due bool [batch], or 0. False if a row has no slot.
+    `streams`, rows int64 and due bool [batch], or 0, and of plan int64 [batch, 2]: each row's slot, and its clock, or
+    0 if it is not due. False if a row has no slot.
     """
     weights, biases, in_weight, in_bias, _, frequencies = layer_at(table)
     heads, groups, head_width, memory = table[0], table[1], table[2], table[3]
@@ -56,6 +58,7 @@ def two_block_begin(
     clock = carray(integers_at(clock_at), (streams,))
     rows = carray(integers_at(rows_at), (batch if rows_at else 0,))
     due = carray(bytes_at(due_at), (batch if due_at else 0,))
+    plan = carray(integers_at(plan_at), (batch, 2))
     if rows.shape[0]:
         if rows.min() < 0 or rows.max() >= streams:
             return False
@@ -64,11 +67,14 @@ def two_block_begin(
     qkv = np.empty((heads + 2 * groups, head_width), np.float32)
     normed = np.empty(width, np.float32)
     for b in range(batch):
+        row = rows[b] if rows.shape[0] else b
+        plan[b, 0] = row
+        plan[b, 1] = 0
         if due.shape[0] and not due[b]:
             continue
-        row = rows[b] if rows.shape[0] else b
         time = clock[row]
         clock[row] = time + 1
+        plan[b, 1] = time + 1
         slot = time % memory
         for i in range(width):
             inputs[row, slot, i] = x[b, i]
@@ -80,6 +86,42 @@ def two_block_begin(
         for h in range(heads + 2 * groups):
             for d in range(head_width):
                 projected[row, h, slot, d] = qkv[h, d]
+    return True
+
+
+@kernel
+def merge_blocks(
+    blocks: int,
+    memory: int,
+    heads: int,
+    head_width: int,
+    size: int,
+    count: int,
+    means_at: int,
+    sums_at: int,
+    attended_at: int,
+) -> bool:
+    """Attention over a window of `count` keys in blocks of so many: see `stepstream.models.continual.block_attention`.
+
+    By address: means [blocks, memory, heads, head width], logarithms of sums [blocks, memory, heads] and attended
+    [count, heads, head width].
+    """
+    means = carray(floats_at(means_at), (blocks, memory, heads, head_width))
+    sums = carray(floats_at(sums_at), (blocks, memory, heads))
+    attended = carray(floats_at(attended_at), (count, heads, head_width))
+    used = (count + size - 1) // size
+    weights = np.empty(used, np.float32)
+    for t in range(count):
+        for h in range(heads):
+            for block in range(used):
+                weights[block] = sums[block, t, h]
+            total = softmax(weights, used)
+            for d in range(head_width):
+                attended[t, h, d] = np.float32(0)
+            for block in range(used):
+                weight = weights[block] * total
+                for d in range(head_width):
+                    attended[t, h, d] += weight * means[block, t, h, d]
     return True
 
 
@@ -125,16 +167,60 @@ def _take(
 
 
 @kernel
-def two_block_end(table: Array, eps: float, count: int, newest: int, hidden_at: int, y_at: int) -> bool:
-    """The second block's output for token number `newest` of `count`: hidden [count, width], y [width], by address.
+def two_block_middle(
+    table: Array, eps: float, count: int, tokens_at: int, attended_at: int, residual_at: int, inner_at: int
+) -> bool:
+    """What the first block's feed-forward network is given, and what is added to its output.
 
-    `table`, eps: of the second block, which must be without rotary positions.
+    `table`, eps: of the first block. By address, all [count, width]: tokens, what out_proj made of their attention,
+    the residual and, if the block is pre-norm, its norm, inner; post-norm, both are one, and inner is not read.
+    """
+    weights, biases, _, _, _, _ = layer_at(table)
+    width = table[0] * table[2]
+    tokens = carray(floats_at(tokens_at), (count, width))
+    attended = carray(floats_at(attended_at), (count, width))
+    residual = carray(floats_at(residual_at), (count, width))
+    inner = carray(floats_at(inner_at), (count if table[5] else 0, width))
+    for t in range(count):
+        for i in range(width):
+            residual[t, i] = tokens[t, i] + attended[t, i]
+        if table[5]:
+            layer_norm(residual[t], weights[2], biases[2], eps, inner[t])
+        else:
+            layer_norm(residual[t], weights[1], biases[1], eps, residual[t])
+    return True
+
+
+@kernel
+def two_block_end(
+    first: Array,
+    first_eps: float,
+    table: Array,
+    eps: float,
+    count: int,
+    newest: int,
+    hidden_at: int,
+    ff_at: int,
+    y_at: int,
+) -> bool:
+    """The second block's output for token number `newest` of `count`.
+
+    `first` and `table`, each with its eps: of both blocks; the second must be without rotary positions. By address:
+    the first block's residual, hidden [count, width], which becomes its output, what its feed-forward network gave, ff
+    [count, width], and y [width].
     """
     weights, biases, in_weight, in_bias, _, _ = layer_at(table)
+    first_weights, first_biases, _, _, _, _ = layer_at(first)
     heads, groups, head_width = table[0], table[1], table[2]
     width = heads * head_width
     hidden = carray(floats_at(hidden_at), (count, width))
+    ff = carray(floats_at(ff_at), (count, width))
     y = carray(floats_at(y_at), (width,))
+    for t in range(count):
+        for i in range(width):
+            hidden[t, i] += ff[t, i]
+        if not first[5]:
+            layer_norm(hidden[t], first_weights[2], first_biases[2], first_eps, hidden[t])
     attended = np.empty((heads, head_width), np.float32)
     if table[5]:
         tokens = np.empty((count, width), np.float32)

@@ -150,12 +150,18 @@ LAYERS: dict[str, Case] = {
     **{f"GraphCellModel-{cell}": Case(lambda cell=cell: _cell(cell), None) for cell in CELLS},
 }
 INSTALLED = importlib.util.find_spec("torch_geometric_temporal") is not None
+LONG_WINDOWS: dict[str, Case] = {
+    "TwoBlockEncoder-blocks": Case(lambda: TwoBlockEncoder(WIDTH, 2, 512, feedforward=12)),
+}
+"""What serving asks of these is asked here too; that they step as their window form, where they have tests of their own:
+five receptive fields of it would take minutes."""
+
 CELL_NAMES = [name for name in LAYERS if name.startswith("GraphCellModel")]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> StreamModel:
     """Always the same one, every weight random, in evaluation mode, without gradients to its weights."""
-    case = LAYERS[name]
+    case = (LAYERS | LONG_WINDOWS)[name]
     torch.manual_seed(0)
     model = case.make()
     # The dynamics of a state-space layer stay what they were drawn as.
@@ -171,7 +177,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> StreamModel:
 
 def window_of(name: str, streams: int, time: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tree:
     """Random inputs [streams, time, ...]; what may be a time (the last of the first axis) is not negative."""
-    features = LAYERS[name].features
+    features = (LAYERS | LONG_WINDOWS)[name].features
     if features is None:
         return frames(streams, time, dtype, seed)
     x = torch.randn(streams, time, *features, generator=torch.Generator().manual_seed(seed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stepstream.models.base import copy_rows
-from stepstream.models.continual import attention, encoder, fused, two_block_encoder
+from stepstream.models.continual import attention, block_attention, encoder, fused, two_block_encoder
 from stepstream.models.continual.attention import ContinualAttention
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.encoder import FEW, EncoderLayer
@@ -39,14 +39,22 @@ def calls(*, refused: bool = False) -> Iterator[list[str]]:
         return not refused and real_usable(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (attention, encoder, two_block_encoder):
+        for module in (attention, block_attention, encoder, two_block_encoder):
             patch.setattr(module, "call_kernel", call)
+        for module in (attention, encoder, two_block_encoder):
             patch.setattr(module, "usable", usable)
+        if refused:
+            patch.setattr(block_attention, "left_to_us", lambda *_: False)
         yield names
 
 
-def assert_fused_equals_torch(layer: Layer, batch: int, steps: int, seed: int, kernel: str, *, absent: bool) -> None:
-    """Ragged rows, some of them not due, some steps absent: the same outputs and, to rounding, the same state."""
+def assert_fused_equals_torch(
+    layer: Layer, batch: int, steps: int, seed: int, kernel: str, *, absent: bool, then: Sequence[str] = ()
+) -> None:
+    """Ragged rows, some of them not due, some steps absent: the same outputs and, to rounding, the same state.
+
+    `then`: the kernels that follow for each row that is due.
+    """
     layer.eval()
     random = torch.Generator().manual_seed(seed)
     one, other = layer.initial_state(STREAMS), layer.initial_state(STREAMS)
@@ -58,8 +66,7 @@ def assert_fused_equals_torch(layer: Layer, batch: int, steps: int, seed: int, k
         with torch.no_grad():
             with calls() as names:
                 found, _ = layer.advance(x, one, rows, due, **present)
-            ends = int(due.sum()) if kernel == "two_block_begin" else 0
-            assert names == [kernel, *["two_block_end"] * ends]
+            assert names == [kernel, *list(then) * int(due.sum())]
             with calls(refused=True) as names:
                 wanted, _ = layer.advance(x, other, rows, due, **present)
             assert names == []
@@ -76,6 +83,8 @@ def assert_same_state(one: Any, other: Any) -> None:
     else:
         assert torch.equal(one, other)
 
+
+TWO_BLOCKS = ("two_block_middle", "two_block_end")
 
 OPTIONS = {
     "kv_heads": st.sampled_from([1, 3]),
@@ -132,7 +141,7 @@ def test_many_rows_share_a_product_of_matrices() -> None:
 )
 def test_two_blocks(options: dict[str, Any], memory: int, batch: int) -> None:
     layer = TwoBlockEncoder(WIDTH, 3, memory, feedforward=16, **options)
-    assert_fused_equals_torch(layer, batch, 20, 0, "two_block_begin", absent=False)
+    assert_fused_equals_torch(layer, batch, 20, 0, "two_block_begin", absent=False, then=TWO_BLOCKS)
 
 
 def test_two_blocks_with_rotary_positions_end_in_a_kernel() -> None:

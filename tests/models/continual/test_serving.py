@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 from equality import assert_close
-from every_layer import CELL_NAMES, INSTALLED, LAYERS, at, build, each, every_layer, leaves, steps, window_of
+from every_layer import (
+    CELL_NAMES,
+    INSTALLED,
+    LAYERS,
+    LONG_WINDOWS,
+    at,
+    build,
+    each,
+    every_layer,
+    leaves,
+    steps,
+    window_of,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +35,8 @@ from stepstream.models.continual.base import Layer
 ROOT = Path(__file__).parents[3]
 UNTRACED = "GraphCellModel-DCRNN"
 """The one that neither compiles nor exports: the cell asks its edges how many nodes there are, at every step."""
-TRACED = [name for name in LAYERS if name != UNTRACED]
+SERVED = LAYERS | LONG_WINDOWS
+TRACED = [name for name in SERVED if name != UNTRACED]
 
 
 class Step(nn.Module):
@@ -102,7 +115,7 @@ def test_the_step_exports(name: str) -> None:
     assert_same(state, eager)
 
 
-@every_layer([name for name in LAYERS if isinstance(LAYERS[name].features, tuple)])
+@every_layer([name for name in SERVED if isinstance(SERVED[name].features, tuple)])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_step_of_some_rows_of_all_exports(name: str) -> None:
     model, window = build(name), window_of(name, 3, 8)
@@ -180,7 +193,7 @@ save_file(outputs, f"{sys.argv[3]}/outputs")
 
 def test_streams_go_on_in_another_process_bit_for_bit(tmp_path: Path) -> None:
     """Saved by row from slots 1 and 3 of four, restored into slots 2 and 0 of three."""
-    names = [name for name in LAYERS if INSTALLED or name not in CELL_NAMES]
+    names = [name for name in SERVED if INSTALLED or name not in CELL_NAMES]
     rows, wanted = torch.tensor([1, 3]), {}
     for name in names:
         model, window = build(name), window_of(name, 2, 24)
@@ -209,7 +222,7 @@ def restless_threads() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-@every_layer()
+@every_layer(SERVED)
 @pytest.mark.usefixtures("restless_threads")
 def test_threads_step_different_rows_of_one_state(name: str) -> None:
     model, window = build(name), window_of(name, 8, 20)
