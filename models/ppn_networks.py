@@ -15,7 +15,7 @@ from stepstream.models.continual.conv import Conv3d
 
 __all__ = ["ConvNorm", "Reconstruction", "Segmentation", "Trunk", "fold_norms"]
 
-# Points that are worked on at once: what is known of them stays in the cache of a core.
+# Points that a processor works on at once: what is known of them stays in the cache of a core.
 _PIECE = 4096
 
 
@@ -114,9 +114,10 @@ class Segmentation(nn.Module):
         base = torch.arange(batch, device=cells.device)[:, None] * count
         at = (x["cell"].clamp(min=0) + base).flatten()
         cells, points = cells.reshape(-1, hidden), x["points"].flatten(0, 1)
+        size = _PIECE if cells.is_cpu else max(1, len(at))
         pieces = [
-            self._of_points(cells, at[first : first + _PIECE], points[first : first + _PIECE])
-            for first in range(0, max(1, len(at)), _PIECE)
+            self._of_points(cells, at[first : first + size], points[first : first + size])
+            for first in range(0, max(1, len(at)), size)
         ]
         return torch.cat(pieces).unflatten(0, (batch, -1))
 

@@ -16,6 +16,7 @@ from stepstream.models.continual.cache import Precision, empty_ring, read_ring, 
 from stepstream.models.continual.fused import as_arrays, call_kernel, or_empty, usable
 from stepstream.models.continual.packed import Packed
 from stepstream.models.continual.positions import AgeBias, Rotary
+from stepstream.models.continual.ring_attention import attend_ring, on_gpu
 
 __all__ = ["ContinualAttention", "Positions", "attend"]
 
@@ -209,9 +210,16 @@ class ContinualAttention(Layer):
         slots = torch.arange(self.memory, device=x.device)
         slot = clock % self.memory
         write_ring(state["keys_values"], rows, slot, torch.cat([k, v], dim=1), due)
-        seen = slots <= clock[:, None]
+        held = None
         if self.absent:
-            seen = seen & self._remember(state, rows, slots == slot[:, None], self._checked(present), due)
+            held = self._remember(state, rows, slots == slot[:, None], self._checked(present), due)
+        ages = None if self.age_bias is None else self.age_bias.weight
+        if on_gpu(q, self.heads // self.kv_heads) and not (self.training and self.dropout):
+            attended = attend_ring(q, state["keys_values"], rows, clock, held, ages)
+            return self.project_out(attended.view(x.shape[0], self.width)), due
+        seen = slots <= clock[:, None]
+        if held is not None:
+            seen = seen & held
         bias = None
         if self.age_bias is not None:
             bias = self.age_bias((clock[:, None] - slots) % self.memory).movedim(-1, 1)[:, :, None]

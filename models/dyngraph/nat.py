@@ -102,25 +102,28 @@ class NAT(nn.Module, GraphModel):
 
         "id" is what a node is called in the caches of others: a row that is given to another node needs another id.
         """
-        c = self.config
+        c, device = self.config, self.log_decay_s.device
 
         def integers(*shape: int, value: int = 0) -> Tensor:
-            return torch.full((nodes, *shape), value, dtype=torch.int64)
+            return torch.full((nodes, *shape), value, dtype=torch.int64, device=device)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(nodes, *shape, device=device)
 
         return {
-            "id": torch.arange(first, first + nodes),
-            "own": torch.zeros(nodes, c.node),
+            "id": torch.arange(first, first + nodes, device=device),
+            "own": zeros(c.node),
             "own_ns": integers(),
             "events": integers(),
             "id1": integers(c.first, value=EMPTY),
             "ns1": integers(c.first),
-            "met1": torch.zeros(nodes, c.first),
-            "edge1": torch.zeros(nodes, c.first, c.edge),
+            "met1": zeros(c.first),
+            "edge1": zeros(c.first, c.edge),
             "at1": integers(c.first),
             "id2": integers(c.second, value=EMPTY),
             "ns2": integers(c.second),
-            "met2": torch.zeros(nodes, c.second),
-            "edge2": torch.zeros(nodes, c.second, c.edge),
+            "met2": zeros(c.second),
+            "edge2": zeros(c.second, c.edge),
         }
 
     def grow(self, state: GraphState, nodes: int) -> GraphState:
@@ -264,7 +267,8 @@ class NAT(nn.Module, GraphModel):
         other = torch.cat([destination, source[two]])
         at_ns = torch.cat([time_ns, time_ns[two]])
         features = torch.cat([features, features[two]])
-        role = torch.cat([torch.zeros(len(source)), torch.ones(int(two.sum()))])[:, None]
+        role = torch.zeros(len(node), 1, device=node.device)
+        role[len(source) :] = 1
         theirs = state["own"][other]
         own = self._own(state, node, theirs, at_ns, role, features)
         first = self._first(state, node, other, theirs, at_ns, role, features)

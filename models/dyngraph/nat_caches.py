@@ -85,9 +85,11 @@ def winners(place: Tensor, rank: Tensor, valid: Tensor, size: int) -> Tensor:
     `place`, `rank`, `valid`: [B, A]. The highest rank gets it; of equal ones the last.
     """
     order = torch.argsort(rank, dim=1, stable=True)
-    standing = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    standing = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     standing = torch.where(valid, standing, EMPTY)
-    best = torch.full((place.shape[0], size), EMPTY, dtype=torch.int64)
+    best = torch.full((place.shape[0], size), EMPTY, dtype=torch.int64, device=place.device)
     best.scatter_reduce_(1, place, standing, "amax")
     return torch.where(best >= 0, order.gather(1, best.clamp(min=0)), EMPTY)
 
@@ -110,9 +112,9 @@ def waves(source: Tensor, destination: Tensor) -> list[Tensor]:
     Taking the waves one after the other, each at once, is taking the events one by one: an event comes in a later wave
     than all events before it that share a node with it.
     """
-    both = torch.cat([source, destination]).numpy()
+    both = torch.cat([source, destination]).cpu().numpy()
     _, dense = np.unique(both, return_inverse=True)
     levels = _levels(dense[: len(source)], dense[len(source) :], int(dense.max()) + 1)
     order = np.argsort(levels, kind="stable")
     cuts = np.flatnonzero(np.diff(levels[order])) + 1
-    return [torch.from_numpy(part) for part in np.split(order, cuts)]
+    return [torch.from_numpy(part).to(source.device) for part in np.split(order, cuts)]

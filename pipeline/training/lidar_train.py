@@ -6,15 +6,16 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from stepstream.connectors.base import InputError
 from stepstream.models.ppn import PPN, PPNConfig
@@ -38,6 +39,7 @@ class LidarTrainOptions:
     networks are convolutions and a quarter costs a quarter (None: the whole map). `bfloat16`: for the products.
     `edge`: weight of the edge loss. `ema`: decay of the averaged weights, which are evaluated and shipped. `turn`: of
     the augmentation, radians; None: all around where maps are aligned. `lose`: most of a sweep's points to lose.
+    `workers`: processes that make windows beside the training, for a GPU; the windows do not depend on how many.
     """
 
     minutes: float = 40.0
@@ -57,6 +59,7 @@ class LidarTrainOptions:
     turn: float | None = None
     lose: float = 0.5
     validate_every_s: float = 300.0
+    workers: int = 0
     device: str = "cpu"
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -87,6 +90,7 @@ class LidarTrainer:
         self.augmentation = Augmentation(turn=turn, lose=options.lose)
         self.step, self.seconds = 0, 0.0
         self.scores: dict[str, float] = {}
+        self._windows: Iterator[tuple[Window, int]] | None = None
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
             self._load()
@@ -115,38 +119,34 @@ class LidarTrainer:
             p / o.warmup if p < o.warmup else 0.5 * (1 + math.cos(math.pi * (p - o.warmup) / (1 - o.warmup)))
         )
 
-    def _windows(self) -> tuple[list[Window], int]:
-        """A batch, and how many positions of each have a loss."""
-        o = self.options
-        rng = np.random.default_rng((o.seed, self.step))
-        config = self._cropped(rng)
-        first, last = self.data.splits["train"]
-        # A window of stacked maps costs as much as each of its positions does alone: one has a loss.
-        length, kept = (config.history, 1) if config.architecture == "ppn" else (o.frames, o.scored)
-        found = []
-        for _ in range(o.batch * (o.scored if config.architecture == "ppn" else 1)):
-            end = int(rng.integers(first + 1, last - 1))
-            begin = max(first, end - length + 1)
-            found.append(window_of(config, self.data, begin, end, last, rng, self.augmentation, o.points, self.objects))
-        return found, kept
-
-    def _cropped(self, rng: np.random.Generator) -> PPNConfig:
-        """The configuration with a part of the map."""
-        c, crop = self.config, self.options.crop
-        if crop is None:
-            return c
-        cells = (min(crop, c.cells[0]), min(crop, c.cells[1]))
-        low = [c.low[axis] + rng.uniform(0, (c.cells[axis] - cells[axis]) * c.size[axis]) for axis in range(len(cells))]
-        return replace(c, cells=(*cells, c.cells[2]), low=(low[0], low[1], c.low[2]))
+    def _drawn(self) -> Iterator[tuple[Window, int]]:
+        """The batches from this step on."""
+        drawn = _Windows(self.data, self.config, self.options, self.augmentation, self.objects)
+        o, steps = self.options, range(self.step, self.options.steps or 1 << 30)
+        if not o.workers:
+            return map(drawn.__getitem__, steps)
+        return iter(
+            DataLoader(
+                drawn,
+                batch_size=None,
+                sampler=cast("Any", steps),
+                num_workers=o.workers,
+                prefetch_factor=4,
+                pin_memory=torch.device(o.device).type == "cuda",
+                # A fork of a process with threads may stop for ever.
+                multiprocessing_context="forkserver",
+            )
+        )
 
     def train_step(self) -> float:
         """One optimiser step; its loss."""
         start = time.monotonic()
+        if self._windows is None:
+            self._windows = self._drawn()
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
-        windows, kept = self._windows()
-        loss = self._loss(windows, kept)
+        loss = self._loss(*next(self._windows))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.segmentation.parameters(), 2.0)
@@ -163,10 +163,10 @@ class LidarTrainer:
         self.seconds += time.monotonic() - start
         return float(loss.detach())
 
-    def _loss(self, windows: list[Window], kept: int) -> Tensor:
+    def _loss(self, batch: Window, kept: int) -> Tensor:
         device = self.options.device
-        x, labels, occupied, known = _joined(windows)
-        x = {name: part.to(device) for name, part in x.items()}
+        x, labels, occupied, known = batch
+        x = {name: part.to(device, non_blocking=True) for name, part in x.items()}
         kept = min(kept, known.shape[1])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=self.options.bfloat16):
             y = self.model(x, kept)
@@ -238,7 +238,45 @@ class LidarTrainer:
         self.step, self.seconds, self.scores = state["step"], state["seconds"], state["scores"]
 
 
-def _joined(windows: list[Window]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+class _Windows(Dataset[tuple[Window, int]]):
+    """Number i is the batch of step i, and at how many positions of a window there is a loss."""
+
+    def __init__(
+        self,
+        data: LidarData,
+        config: PPNConfig,
+        options: LidarTrainOptions,
+        augmentation: Augmentation,
+        objects: Objects | None,
+    ) -> None:
+        self.data, self.config, self.options = data, config, options
+        self.augmentation, self.objects = augmentation, objects
+
+    def __getitem__(self, step: int) -> tuple[Window, int]:
+        o = self.options
+        rng = np.random.default_rng((o.seed, step))
+        config = self._cropped(rng)
+        first, last = self.data.splits["train"]
+        # A window of stacked maps costs as much as each of its positions does alone: one has a loss.
+        length, kept = (config.history, 1) if config.architecture == "ppn" else (o.frames, o.scored)
+        found = []
+        for _ in range(o.batch * (o.scored if config.architecture == "ppn" else 1)):
+            end = int(rng.integers(first + 1, last - 1))
+            begin = max(first, end - length + 1)
+            found.append(window_of(config, self.data, begin, end, last, rng, self.augmentation, o.points, self.objects))
+        return _joined(found), kept
+
+    def _cropped(self, rng: np.random.Generator) -> PPNConfig:
+        """The configuration with a part of the map."""
+        c, crop = self.config, self.options.crop
+        if crop is None:
+            return c
+        cells = (min(crop, c.cells[0]), min(crop, c.cells[1]))
+        low = [c.low[axis] + rng.uniform(0, (c.cells[axis] - cells[axis]) * c.size[axis]) for axis in range(len(cells))]
+        return replace(c, cells=(*cells, c.cells[2]), low=(low[0], low[1], c.low[2]))
+
+
+def _joined(windows: list[Window]) -> Window:
     """Windows as one batch: shorter ones, at the start of a recording, begin with empty maps."""
     longest = max(window.known.shape[0] for window in windows)
     points = max(window.labels.shape[2] for window in windows)
@@ -260,4 +298,4 @@ def _joined(windows: list[Window]) -> tuple[dict[str, Tensor], Tensor, Tensor, T
     labels = torch.cat([filled(w.labels, 0, True) for w in windows])
     occupied = torch.cat([filled(w.occupied, 0, False) for w in windows])
     known = torch.cat([filled(w.known[None], 0, False) for w in windows])
-    return x, labels, occupied, known
+    return Window(x, labels, occupied, known)

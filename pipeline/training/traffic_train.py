@@ -233,13 +233,18 @@ class Trainer:
     @torch.no_grad()
     def validate(self, split: str = "validation", stride: int = 8, warm: bool = True) -> dict[str, float]:
         """Errors of the averaged weights at horizons 3, 6, 12; cold ones over every `stride`-th window."""
-        model, horizons = self.averaged(), self.config.horizons
-        errors = {"cold": evaluate_cold(self.data, split, model, WINDOW, horizons, stride)}
+        model, horizons, device = self.averaged(), self.config.horizons, self.options.device
+
+        def forward(x: dict[str, Tensor]) -> Tensor:
+            found: Tensor = model({name: part.to(device) for name, part in x.items()}).cpu()
+            return found
+
+        errors = {"cold": evaluate_cold(self.data, split, forward, WINDOW, horizons, stride)}
         if warm and self.options.form == "causal":
             if model.receptive_field is None:
-                errors["warm"] = evaluate_stream(self.data, split, model, horizons, self.options.device)
+                errors["warm"] = evaluate_stream(self.data, split, model, horizons, device)
             else:
-                errors["warm"] = evaluate_warm(self.data, split, model, model.receptive_field, horizons)
+                errors["warm"] = evaluate_warm(self.data, split, forward, model.receptive_field, horizons)
         return {
             f"{kind}_{name}": round(value, 4)
             for kind, sums in errors.items()

@@ -74,8 +74,9 @@ def test_a_stopped_training_goes_on_to_the_same_weights(drive: Path, tmp_path: P
     assert not first["ended"] and seen == [1, 2]
     second = fit(drive, tmp_path / "cut", architecture=architecture)
     assert second["ended"] and second["steps"] == 4
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert weights[0] == weights[1]
+    fit(drive, tmp_path / "helped", architecture=architecture, workers=2)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut", "helped")]
+    assert weights[0] == weights[1] == weights[2]
     with pytest.raises(InputError, match="another configuration"):
         fit(drive, tmp_path / "cut", architecture=architecture, hidden=16)
 
