@@ -148,6 +148,4 @@ class LeavingStates:
         return {}
 
     def restore(self, saved: Mapping[str, Any], fill: Fill) -> None:
-        """It came with the frozen one. Raises ValueError where it did not."""
-        if saved:
-            raise ValueError("what was learned is of a graph that nobody leaves")
+        """It came with the frozen one."""
