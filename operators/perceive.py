@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from stepstream.models.ppn_parallel import runner_for
 from stepstream.models.registry import load_model
 from stepstream.models.weights import WeightsError
 from stepstream.operators import base
-from stepstream.operators.base import Context, Operator, State
+from stepstream.operators.base import Context, Operator, OptionError, State
 from stepstream.operators.bev import EncodedSweep, Placement, encode, placement
 from stepstream.operators.durations import Duration, format_duration, to_ns
 from stepstream.operators.grid import Grid
@@ -37,7 +37,10 @@ class PerceiveOptions(base.Options):
 
     `ground`: height of the ground in the sensor's frame, metres (None: that of the weights). `max_gap`: a longer time
     without a sweep begins the history anew. `parallel`: `sequential`, `processes` (two, of a CPU) or `streams` (CUDA);
-    outputs do not depend on it. `device`: where the model runs; `second_device`: where reconstruction does.
+    outputs do not depend on it. `device`: where the model runs; `second_device`: where reconstruction does. `priors`:
+    how many times as common classes are as where the weights were trained, or how many times as costly to miss; the
+    probabilities of points are those of the network with it (Saerens et al., "Adjusting the outputs of a classifier to
+    new a priori probabilities", Neural Computation 14, 2002, eq. 2.4).
     """
 
     model: str = "ppn"
@@ -47,6 +50,7 @@ class PerceiveOptions(base.Options):
     parallel: Literal["sequential", "processes", "streams"] = "sequential"
     device: str = "cpu"
     second_device: str | None = None
+    priors: dict[str, Annotated[float, Field(gt=0, le=1000)]] = Field(default_factory=dict)
 
 
 class Perceive(Operator):
@@ -77,6 +81,13 @@ class Perceive(Operator):
         self.options, self.model, self.weights_hash = options, model, loaded.weights_hash
         self.runner = runner_for(model, options.parallel, options.device, options.second_device)
         self._config = model.config
+        names = self._config.classes[1:]
+        for name in options.priors:
+            if name not in names:
+                reason = f"no class of {options.weights}: one of {', '.join(names)} was expected"
+                raise OptionError("priors", name, reason)
+        priors = torch.tensor([options.priors.get(name, 1.0) for name in names])
+        self._priors = priors.log().to(options.device) if options.priors else None
         self._ground = self._config.ground if options.ground is None else options.ground
         self._max_gap = to_ns(options.max_gap)
         self._rows = StateRows(self.runner, options.device)
@@ -122,7 +133,8 @@ class Perceive(Operator):
         if self.runner.restarts > before:
             context.count("worker_restarts", self.runner.restarts - before)
         context.count("steps")
-        classes, scores = _decided(y["classes"][0], coded.cell)
+        logits = y["classes"][0]
+        classes, scores = _decided(logits if self._priors is None else logits + self._priors, coded.cell)
         seen = Perception(
             sweep,
             self._config.classes,

@@ -37,7 +37,8 @@ Report = Callable[["GraphTrainer", float], None]
 
 @dataclass(frozen=True)
 class GraphTrainOptions:
-    """How to train. An epoch is one pass over the training part from an empty graph.
+    """How to train. An epoch is one pass over the training part from an empty graph; the learning rate falls along
+    half a cosine over all of them.
 
     The run ends after `epochs`, after `minutes` of training time, or when validation (the mean of AP with random
     negatives over all interactions and over those with new nodes) has not improved for `patience` epochs. `batch`:
@@ -157,6 +158,7 @@ class GraphTrainer:
             if (stop is not None and stop.is_set()) or self.seconds > 60 * o.minutes:
                 return False
             began = time.monotonic()
+            self._anneal(first / len(self.rows))
             some = slice(first, first + o.batch)
             batch = self._batch(self.rows[some])
             drawn = self.draws.draw(some, o.negatives, o.historical, random)

@@ -16,6 +16,7 @@ from support import RecordingContext, plain, run_cut, run_whole
 from stepstream.connectors.records import Origin, Record, Sweep
 from stepstream.models.ppn import PPN, PPNConfig
 from stepstream.models.weights import Card, WeightsError, save_weights
+from stepstream.operators.base import OptionError
 from stepstream.operators.bev import Placement, encode, placement
 from stepstream.operators.perceive import Perceive
 from stepstream.operators.perception import Perception
@@ -253,3 +254,31 @@ def test_encoding_follows_the_words_of_its_contract(cloud: Any, random: Any, yaw
         column[inside[(inside >= 0) & (inside < 4)]] = 1
         assert np.array_equal(coded.points[:-1][there][n, 8:], column)
         assert np.array_equal(coded.cells[a, b], column)
+
+
+def test_priors_move_the_choice_by_what_they_say_and_leave_the_state_alone(weights: Path) -> None:
+    stream = drive()
+    plainly, warily = perceive(weights), perceive(weights, priors={"person": 1e3, "car": 0.5})
+    before = [out.value for out in plainly.process(stream, RecordingContext())]
+    after = [out.value for out in warily.process(stream, RecordingContext())]
+    person = CLASSES.index("person")
+    changed = 0
+    for old, new in zip(before, after, strict=True):
+        # Nothing else became likelier, and what was said to be a person still is, with more certainty.
+        moved = old.point_classes != new.point_classes
+        assert np.isin(new.point_classes[moved], [person, CLASSES.index("road")]).all()
+        same = (old.point_classes == person) & (new.point_classes == person)
+        assert (new.point_scores[same] >= old.point_scores[same]).all()
+        assert np.array_equal(old.point_classes == 0, new.point_classes == 0)
+        changed += int(moved.sum())
+    assert changed > 0
+    for key in plainly.keys():
+        one, other = plainly.snapshot(key), warily.snapshot(key)
+        assert plain(one) == plain(other)
+
+
+def test_a_prior_of_no_class_is_refused_by_name(weights: Path) -> None:
+    with pytest.raises(OptionError, match=r"tram: no class of .*: one of car, road, person was expected"):
+        perceive(weights, priors={"tram": 2.0})
+    with pytest.raises(ValueError, match="greater than 0"):
+        perceive(weights, priors={"car": 0.0})

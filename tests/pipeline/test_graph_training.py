@@ -102,6 +102,16 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(recording: Path
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
 
+def test_the_learning_rate_falls_along_half_a_cosine_over_all_epochs(recording: Path, tmp_path: Path) -> None:
+    trainer = GraphTrainer("tgn", read_graph(recording), tmp_path, GraphTrainOptions(epochs=2, batch=100))
+    rates: list[float] = []
+    trainer.run(lambda run, loss: rates.append(run.optimizer.param_groups[0]["lr"]))
+    assert rates[0] == 1e-3
+    assert rates == sorted(rates, reverse=True)
+    assert rates[len(rates) // 2] == pytest.approx(0.525e-3)
+    assert 0.05e-3 < rates[-1] < 0.1e-3
+
+
 def test_it_ends_when_validation_gets_no_better(recording: Path, tmp_path: Path) -> None:
     trainer = GraphTrainer(
         "nat",
