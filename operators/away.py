@@ -55,6 +55,10 @@ class Away:
 
     # ---- who is away
 
+    def key(self, node: NodeId) -> int:
+        """What the record of a node is known by: 62 bits, which another node may have too."""
+        return _key(node)
+
     def find(self, node: NodeId) -> int | None:
         """Where the record of a node is, or of another with its hash."""
         at = self._look([_key(node)])[0]
@@ -70,8 +74,14 @@ class Away:
         return segment is not None and bool(segment.live[at % _PLACES])
 
     def taken(self, nodes: Sequence[NodeId]) -> list[bool]:
-        """Of nodes that are there: whether another one that is away has their hash, so that they cannot leave."""
-        return [self._is_live(at) for at in self._look([_key(node) for node in nodes])]
+        """Of nodes that are there: whether another one that is away, or stands before it, has their hash, so that they
+        cannot leave.
+        """
+        keys = [_key(node) for node in nodes]
+        first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+        return [
+            self._is_live(at) or first[key] != i for i, (key, at) in enumerate(zip(keys, self._look(keys), strict=True))
+        ]
 
     def __len__(self) -> int:
         return sum(segment.count for segment in self._segments.values())
@@ -119,13 +129,30 @@ class Away:
         segment, place = self._segments[at // _PLACES], at % _PLACES
         data = self._ahead.pop(at, None)
         if data is None:
-            data = self._read(segment, place, node)
+            data = self._read(segment, place, f"node {node!r} comes back")
         record = _without_id(node, data)
         if record is not None:
             self._remove(at)
         return record
 
-    def _read(self, segment: Segment, place: int, node: NodeId) -> bytes:
+    def peek(self, keys: Sequence[int]) -> list[bytes | None]:
+        """Records of nodes that stay away, by `key`; None for one that is not. Raises SegmentError."""
+        places = [at if self._is_live(at) else None for at in (self._look(keys) if keys else ())]
+        found = {at: self._ahead[at] for at in places if at is not None and at in self._ahead}
+        found |= self._read_some([at for at in dict.fromkeys(places) if at is not None and at not in found])
+        return [None if at is None else self._peeked(at, found.get(at)) for at in places]
+
+    def _peeked(self, at: int, data: bytes | None) -> bytes | None:
+        if not self._is_live(at):
+            return None
+        if data is None:
+            try:
+                data = self._read(self._segments[at // _PLACES], at % _PLACES, "a node is scored that is away")
+            except Lost:
+                return None
+        return data[2 + int.from_bytes(data[:2], "little") :]
+
+    def _read(self, segment: Segment, place: int, who: str) -> bytes:
         begin, end = segment.span(place)
         name = self._files.name(segment.sha256)
         if segment.data is not None:
@@ -139,10 +166,10 @@ class Away:
             return data
         if self._lost == "fail":
             raise SegmentError(
-                f"node {node!r} comes back, and its record in {name} {what}. Put the file back, or start once with "
+                f"{who}, and its record in {name} {what}. Put the file back, or start once with "
                 "evict.lost: forget, which lets such nodes begin anew"
             )
-        _LOG.error("node %r is forgotten: its record in %s %s", node, name, what)
+        _LOG.error("a node is forgotten: %s, and its record in %s %s", who, name, what)
         self._remove(self._place(segment, place))
         raise Lost
 
@@ -165,20 +192,25 @@ class Away:
         if not wanted or not self._segments:
             return
         places = [at for at in self._look([_key(node) for node in wanted]) if self._is_live(at)]
+        self._ahead = self._read_some(places)
+
+    def _read_some(self, places: Sequence[int]) -> dict[int, bytes]:
+        """Those of some records that must be read and can be, together."""
         places = [at for at in places if self._segments[at // _PLACES].data is None]
+        found: dict[int, bytes] = {}
         if len(places) < 2:
-            return
-        spans = [
-            (self._segments[at // _PLACES].sha256, *self._segments[at // _PLACES].span(at % _PLACES)) for at in places
-        ]
+            return found
         try:
-            found = self._files.read(spans)
+            for first in range(0, len(places), _READ_AHEAD):
+                some = places[first : first + _READ_AHEAD]
+                held = [(self._segments[at // _PLACES], at % _PLACES) for at in some]
+                read = self._files.read([(segment.sha256, *segment.span(place)) for segment, place in held])
+                good = (digest(data) == segment.check[p] for data, (segment, p) in zip(read, held, strict=True))
+                found |= {at: data for at, data, ok in zip(some, read, good, strict=True) if ok}
         except (SegmentError, FileNotFoundError):
             # Whoever is taken says what is wrong.
-            return
-        for at, data in zip(places, found, strict=True):
-            if digest(data) == self._segments[at // _PLACES].check[at % _PLACES]:
-                self._ahead[at] = data
+            return {}
+        return found
 
     # ---- the store
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 from stepstream.models.ppn import POINT_FEATURES, PPNConfig
 
 __all__ = ["EncodedSweep", "Placement", "encode", "placement"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 
 __all__ = ["cells_of", "extents", "fit_boxes", "group", "select", "votes"]
 

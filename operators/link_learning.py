@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from stepstream.models.dyngraph.base import GraphModel, GraphState
+from stepstream.models.dyngraph.excerpts import Opened
 from stepstream.models.dyngraph.nat import NAT
 from stepstream.models.dyngraph.nat_caches import slots
-from stepstream.models.dyngraph.online import Batch, Fill, OnlineLearner, Part, clone_state
+from stepstream.models.dyngraph.online import Batch, Fill, OnlineLearner, Part
 from stepstream.operators import base
 from stepstream.operators.base import Context
 from stepstream.operators.link_guard import Guard, Verdict, link_losses, reciprocal_ranks
+from stepstream.operators.link_states import KeptStates, LearnedStates
 
 __all__ = ["GraphLearning", "LearnOptions"]
 
@@ -70,12 +72,18 @@ class GraphLearning:
     destinations met up to then, and out of those that the source itself met last: without these, the order among them
     is unlearned. `name` is of the weights: the frozen ones' hash, "+", and how many steps this graph has
     learned in all; with the key it names one set of weights.
+
+    `nodes`: how many there is room for, or where the states are if nodes leave memory. Everything here names nodes by
+    their numbers then, `destinations` too, and only a batch comes with rows. Nobody who is `staying` may leave: it is
+    of a window that is not in the state yet that learning goes through. With a node leaves what its source met.
     """
 
-    def __init__(self, options: LearnOptions, model: GraphModel, weights: str, nodes: int) -> None:
+    def __init__(self, options: LearnOptions, model: GraphModel, weights: str, nodes: int | LearnedStates) -> None:
         self._options, self._frozen, self._weights = options, model, weights
-        self._learner = OnlineLearner(model, nodes, options.learning_rate, options.seed)
-        self.state: GraphState = model.initial_state(nodes)
+        kept = nodes if isinstance(nodes, int) else None
+        self._learner = OnlineLearner(model, kept, options.learning_rate, options.seed)
+        self._states: LearnedStates = KeptStates(model, nodes) if isinstance(nodes, int) else nodes
+        self._served = self._states.served(self._learner.model)
         self.guard = Guard(-(-options.guard // options.every), options.margin)
         self._seen = 0
         self._window: list[tuple[Batch, Drawn]] = []
@@ -85,8 +93,12 @@ class GraphLearning:
 
     @property
     def model(self) -> GraphModel:
-        """With the learned weights."""
-        return self._learner.model
+        """With the learned weights, for `state`."""
+        return self._served
+
+    def state(self, frozen: GraphState) -> GraphState:
+        """The learned weights' state."""
+        return self._states.learned(frozen)
 
     @property
     def name(self) -> str:
@@ -95,39 +107,48 @@ class GraphLearning:
 
     def grow(self, nodes: int) -> None:
         """Makes room for more nodes."""
-        self.state = self.model.grow(self.state, nodes)
+        self._states.grow(nodes)
         self._learner.grow(nodes)
 
     # ---- the stream
 
     def observe(self, frozen: GraphState, batch: Batch, destinations: Sequence[int], context: Context) -> None:
         """Both models foretell interactions that neither has taken in; then the learned state does."""
-        source, destination, time_ns, _ = batch
-        self._rank(frozen, batch, destinations, context)
+        time_ns, features = batch[2:]
+        source, destination = (self._states.numbers(frozen, rows) for rows in batch[:2])
+        asked = self._asked_of(source, destination, destinations)
         drawn = self._drawn(source, destination, destinations)
         candidates = torch.cat((destination[:, None], drawn.destination), 1)
+        ranked = torch.tensor([node for nodes, _ in asked for node in nodes], dtype=torch.int64)
+        opened = self._states.open(frozen, torch.cat((source, candidates.reshape(-1), ranked)))
+        self._rank(opened, source, time_ns, asked, context)
         # As in `link_loss`: what is drawn rarely stands for many, so that it is the choice among all that is judged.
         stands_for = torch.cat((torch.zeros(len(source), 1), -drawn.expected.log()), 1)
         stands_for = stands_for.masked_fill(stands_for == math.inf, -math.inf)
-        lost = [
-            link_losses((model.score(state, source, candidates, time_ns) + stands_for).numpy())
-            for model, state in ((self._frozen, frozen), (self.model, self.state))
-        ]
+        lost = [link_losses((said + stands_for).numpy()) for said in self._say(opened, source, candidates, time_ns)]
         self.guard.add(*lost)
         for name, losses in zip(("frozen", "learned"), lost, strict=True):
             # Counters are whole numbers: millionths, over "interactions" the mean loss.
             total = float(losses.sum())
             context.count(f"loss_{name}_millionths", round(1e6 * total) if np.isfinite(total) else 0)
-        self.model.update(self.state, *batch)
+        self.model.update(self.state(frozen), *batch)
         self._seen += len(source)
-        self._window.append((batch, drawn))
+        self._window.append(((source, destination, time_ns, features), drawn))
 
-    def _rank(self, frozen: GraphState, batch: Batch, known: Sequence[int], context: Context) -> None:
-        """Tells the guard how both models rank what came, among all destinations, estimated from a few.
+    def _say(
+        self, opened: tuple[Opened, Opened], source: Tensor, candidates: Tensor, time_ns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What both models say of links, frozen and learned."""
+        frozen, learned = (
+            model.score(part.state, part.rows(source), part.rows(candidates), time_ns)
+            for model, part in zip((self._frozen, self._learner.model), opened, strict=True)
+        )
+        return frozen, learned
 
-        Those that the source met last stand for themselves, others that are drawn for all that it did not meet.
-        """
-        source, destination, time_ns, _ = batch
+    def _asked_of(
+        self, source: Tensor, destination: Tensor, known: Sequence[int]
+    ) -> list[tuple[list[int], list[float]]]:
+        """For each interaction that is ranked, whom it is ranked among: see `_asked`."""
         first = -self._seen % _RANKED_EVERY
         asked: list[tuple[list[int], list[float]]] = []
         met: dict[int, list[int]] = {}
@@ -136,16 +157,28 @@ class GraphLearning:
             met[mine] = _met_after(before, true)
             if i % _RANKED_EVERY == first:
                 asked.append(self._asked(self._seen + i, true, before, known))
+        return asked
+
+    def _rank(
+        self,
+        opened: tuple[Opened, Opened],
+        source: Tensor,
+        time_ns: Tensor,
+        asked: Sequence[tuple[list[int], list[float]]],
+        context: Context,
+    ) -> None:
+        """Tells the guard how both models rank what came, among all destinations, estimated from a few.
+
+        Those that the source met last stand for themselves, others that are drawn for all that it did not meet.
+        """
         if not asked:
             return
-        some = slice(first, None, _RANKED_EVERY)
+        some = slice(-self._seen % _RANKED_EVERY, None, _RANKED_EVERY)
         width = max(len(candidates) for candidates, _ in asked)
         candidates = torch.tensor([row + row[:1] * (width - len(row)) for row, _ in asked])
         stands_for = np.array([weights + [0.0] * (width - 1 - len(weights)) for _, weights in asked])
-        ranks = [
-            reciprocal_ranks(model.score(state, source[some], candidates, time_ns[some]).numpy(), stands_for)
-            for model, state in ((self._frozen, frozen), (self.model, self.state))
-        ]
+        said = self._say(opened, source[some], candidates, time_ns[some])
+        ranks = [reciprocal_ranks(scores.numpy(), stands_for) for scores in said]
         self.guard.rank(*ranks)
         context.count("ranked", len(asked))
         for name, found in zip(("frozen", "learned"), ranks, strict=True):
@@ -183,7 +216,7 @@ class GraphLearning:
 
     def _learn(self, window: Sequence[tuple[Batch, Drawn]], frozen: GraphState, context: Context) -> None:
         batch, drawn = _joined(window)
-        if self._learner.step(batch, drawn.destination, drawn.expected):
+        if self._learner.step(batch, drawn.destination, drawn.expected, self._states.opens(frozen)):
             context.count("learned_steps")
             return
         context.count("not_finite")
@@ -192,8 +225,7 @@ class GraphLearning:
 
     def _restart(self, frozen: GraphState, context: Context) -> None:
         context.count("restarted")
-        self._learner.restart(self._frozen, frozen)
-        self.state = clone_state(frozen)
+        self._learner.restart(self._frozen, self._states.begin(frozen))
 
     def _tell(self, verdict: Verdict, context: Context) -> None:
         if verdict.startswith("falls back"):
@@ -221,6 +253,24 @@ class GraphLearning:
             self._met[mine] = _met_after(met, true)
         return Drawn(torch.tensor(drawn), torch.tensor(expected))
 
+    # ---- nodes that leave memory
+
+    def staying(self) -> Iterator[int]:
+        """The numbers of nodes that must be there, repeats included."""
+        waiting = self._learner.waiting
+        for batch in (*(batch for batch, _ in self._window), *(() if waiting is None else (waiting,))):
+            for numbers in batch[:2]:
+                yield from numbers.tolist()
+
+    def take_out(self, number: int) -> bytes:
+        """What is known of a node that leaves, and is not in the state."""
+        return np.array(self._met.pop(number, ()), dtype=np.int64).tobytes()
+
+    def put_back(self, number: int, kept: bytes) -> None:
+        """The inverse of `take_out`."""
+        if kept:
+            self._met[number] = np.frombuffer(kept, dtype=np.int64).tolist()
+
     # ---- what is kept
 
     def snapshot(self, part: Part) -> dict[str, Any]:
@@ -236,7 +286,7 @@ class GraphLearning:
             "seen": self._seen,
             "guard": self.guard.snapshot(),
             "learner": self._learner.snapshot(part),
-            "state": part(self.state),
+            "state": self._states.snapshot(part),
             "window": window,
             "met": torch.tensor([[mine, node] for mine, met in self._met.items() for node in met]).view(-1, 2),
         }
@@ -248,7 +298,7 @@ class GraphLearning:
         self._seen = int(saved["seen"])
         self.guard.restore(saved["guard"])
         self._learner.restore(saved["learner"], fill)
-        fill(self.state, saved["state"])
+        self._states.restore(saved["state"], fill)
         window = {name: torch.as_tensor(column).clone() for name, column in saved["window"].items()}
         if window:
             batch = window["source"], window["destination"], window["time_ns"], window.get("features")

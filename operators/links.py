@@ -22,6 +22,7 @@ from stepstream.models.registry import model_class
 from stepstream.operators import base
 from stepstream.operators.base import Context, Operator, State
 from stepstream.operators.link_learning import GraphLearning, LearnOptions
+from stepstream.operators.link_states import LEARNED, LEARNING, LeavingStates
 from stepstream.operators.residents import Evict, Residents
 from stepstream.operators.segment_files import SegmentFiles
 
@@ -45,6 +46,16 @@ class _Graph:
         self.residents: Residents | None = None
         self.learning: GraphLearning | None = None
 
+    @property
+    def companion(self) -> GraphLearning | None:
+        """What leaves and comes with a node, beside its state."""
+        return self.learning
+
+    @property
+    def known(self) -> Sequence[int]:
+        """The numbers of all destinations, those that are away too."""
+        return self.destinations if self.residents is None else self.residents.destinations(self)
+
 
 class Links(Operator):
     """Interactions -> how likely each was before it happened, or who was likeliest; then it is taken in.
@@ -63,9 +74,9 @@ class Links(Operator):
     With `evict`, `max_nodes` is how many are in memory, and others leave for a store, or for good: see `Residents` and
     `Residency`. Counted: "evicted", "reloaded", "forgotten", "lost", "store_failures".
     With `learn` the weights go on learning, for each graph its own: predict, score, learn. An output comes from the
-    learned weights while they foretell better than the frozen ones, and names which. See `GraphLearning` and `Guard`;
-    counted: "learned_steps", "took_over", "fell_back", "restarted", "not_finite", "served_learned", and the losses of
-    both.
+    learned weights while they foretell better than the frozen ones, and names which. With `evict.store` too, it learns
+    from nodes that are away as if they were there. See `GraphLearning` and `Guard`; counted: "learned_steps",
+    "took_over", "fell_back", "restarted", "not_finite", "served_learned", and the losses of both.
     """
 
     class Options(base.Options):
@@ -78,14 +89,14 @@ class Links(Operator):
         rank: int | None = Field(None, ge=1, le=10_000, description="how many destinations; None: score the given one")
         max_nodes: int = Field(1_000_000, ge=1, le=1 << 31)
         evict: Evict | None = None
-        learn: LearnOptions | None = Field(None, description="go on learning on the stream; None: frozen weights")
+        learn: LearnOptions | None = Field(
+            None, description="go on learning on the stream, from nodes that are away too; None: frozen weights"
+        )
 
         @model_validator(mode="after")
         def _can_learn(self) -> Links.Options:
             if self.learn is None:
                 return self
-            if self.evict is not None:
-                raise ValueError("learn: cannot be used with evict: the learner keeps a state of its own of all nodes")
             if not can_learn(model_class(self.model)):
                 raise ValueError(f"learn: {self.model} has no weights that could learn from a stream")
             if self.freshness == "batch" and self.learn.every % self.batch:
@@ -106,13 +117,16 @@ class Links(Operator):
         self._resident: Residency | None = None
         self._files: SegmentFiles | None = None
         if options.evict is not None:
-            if options.max_nodes < 2 * self._size + 2:
+            # Learning goes through the window before the last.
+            least = 2 * self._size + 2 if options.learn is None else 4 * options.learn.every + 2
+            if options.max_nodes < least:
                 raise ValueError(
-                    f"max_nodes is {options.max_nodes}: with evict, at least {2 * self._size + 2} were expected, the "
-                    "ends of all that waits and two more"
+                    f"max_nodes is {options.max_nodes}: with evict, at least {least} were expected, the ends of all "
+                    "that waits and two more"
                 )
             self._files = None if options.evict.store is None else SegmentFiles(options.evict.store)
-            self.model = self._resident = Residency(loaded.model, returns=self._files is not None)
+            twins = () if options.learn is None else (LEARNED, LEARNING)
+            self.model = self._resident = Residency(loaded.model, returns=self._files is not None, twins=twins)
 
     # ---- the stream
 
@@ -139,11 +153,16 @@ class Links(Operator):
         return graph
 
     def _new_graph(self, nodes: int) -> _Graph:
-        graph = _Graph(self.model.initial_state(nodes), nodes)
+        graph, learn = _Graph(self.model.initial_state(nodes), nodes), self.options.learn
+        model = self.model
+        place: int | LeavingStates = nodes
         if self._resident is not None and self.options.evict is not None:
-            graph.residents = Residents(self._resident, self.options.evict, self.options.max_nodes, self._files)
-        if self.options.learn is not None:
-            graph.learning = GraphLearning(self.options.learn, self.model, self.weights_hash, nodes)
+            graph.residents = Residents(
+                self._resident, self.options.evict, self.options.max_nodes, self._files, learns=learn is not None
+            )
+            model, place = self._resident.model, LeavingStates(self._resident, graph.residents)
+        if learn is not None:
+            graph.learning = GraphLearning(learn, model, self.weights_hash, place)
         return graph
 
     def _read_ahead(self, records: Sequence[Record]) -> None:
@@ -240,7 +259,7 @@ class Links(Operator):
         learned = graph.learning
         if learned is None or not learned.guard.serves:
             return [frozen]
-        return [(learned.model, learned.state, learned.name), frozen]
+        return [(learned.model, learned.state(graph.state), learned.name), frozen]
 
     def _given(self, graph: _Graph, good: Sequence[tuple[Record, int, int]], context: Context) -> list[Record]:
         source, destination, time_ns = _columns([(s, d, record.time_ns) for record, s, d in good])
@@ -301,11 +320,11 @@ class Links(Operator):
             source, destination, time_ns = source[order], destination[order], time_ns[order]
         if graph.learning is not None:
             batch = source, destination, time_ns, features
-            graph.learning.observe(graph.state, batch, graph.destinations, context)
+            graph.learning.observe(graph.state, batch, graph.known, context)
         self.model.update(graph.state, source, destination, time_ns, features)
         graph.waiting = []
         if graph.learning is not None:
-            graph.learning.settle(graph.state, len(graph.destinations), context)
+            graph.learning.settle(graph.state, len(graph.known), context)
 
     # ---- the state
 
@@ -355,11 +374,11 @@ class Links(Operator):
             graph.state = self._resident.restored(held)
         else:
             _fill(graph.state, state["model"], len(nodes), "model")
-            if graph.learning is not None:
-                graph.learning.restore(state["learning"], partial(_fill, used=len(nodes), where="learned"))
             graph.names, graph.rows = nodes, {node: row for row, node in enumerate(nodes)}
             graph.destinations = [int(row) for row in state["destinations"]]
             graph.is_destination = set(graph.destinations)
+        if graph.learning is not None:
+            graph.learning.restore(state["learning"], partial(_fill, used=len(nodes), where="learned"))
         graph.newest = state["newest"]
         features = np.asarray(state["waiting_features"], dtype=np.float32)
         for i, (source, destination, time_ns) in enumerate(np.asarray(state["waiting"]).tolist()):
@@ -385,7 +404,7 @@ class Links(Operator):
     def _bytes_per_node(self) -> int | None:
         each: int | None = getattr(self.model, "bytes_per_node", None)
         # The frozen weights' state, the learned ones', and the one that learning goes through.
-        return each if each is None or self.options.learn is None else 3 * each
+        return each if each is None or self.options.learn is None or self._resident is not None else 3 * each
 
 
 def _columns(rows: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:

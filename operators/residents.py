@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import heapq
 import struct
+from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 from pydantic import Field
 
 from stepstream.connectors.records import Interaction, NodeId
 from stepstream.models.dyngraph.base import GraphState
+from stepstream.models.dyngraph.excerpts import Integers
 from stepstream.models.dyngraph.pair_kernels import NODES
 from stepstream.models.dyngraph.residency import NOBODY, Residency
 from stepstream.operators import base
@@ -21,7 +23,7 @@ from stepstream.operators.base import Context
 from stepstream.operators.durations import Duration, to_ns
 from stepstream.operators.segment_files import SegmentFiles
 
-__all__ = ["Evict", "ResidentGraph", "Residents"]
+__all__ = ["Companion", "Evict", "ResidentGraph", "Residents"]
 
 _PART = 8
 """An eighth of what may be in memory leaves at once, and an eighth of `idle` lies between looks at who is idle."""
@@ -40,6 +42,19 @@ class Evict(base.Options):
     lost: Literal["fail", "forget"] = Field("fail", exclude=True)
 
 
+class Companion(Protocol):
+    """What learns from a graph: see `stepstream.operators.link_learning.GraphLearning`."""
+
+    def staying(self) -> Iterator[int]:
+        """The numbers of nodes that must not leave."""
+
+    def take_out(self, number: int) -> bytes:
+        """What it knows of a node that leaves."""
+
+    def put_back(self, number: int, kept: bytes) -> None:
+        """What `take_out` gave."""
+
+
 class ResidentGraph(Protocol):
     """What is used of a graph of `links`; row NOBODY is nobody's."""
 
@@ -52,6 +67,10 @@ class ResidentGraph(Protocol):
     waiting: list[tuple[int, int, int, Any]]
     newest: int | None
 
+    @property
+    def companion(self) -> Companion | None:
+        """None: it does not learn."""
+
 
 class Residents:
     """The nodes of one graph that are in memory, at most `most`.
@@ -63,9 +82,14 @@ class Residents:
 
     What cannot be written waits in memory, up to half as many nodes as may be resident; after that, a node that would
     make another one leave is refused.
+
+    `learns`: whoever is away can be found by number (`find`, `fetch`), and who was ever a destination is known
+    (`destinations`), for 8 bytes each in memory.
     """
 
-    def __init__(self, model: Residency, options: Evict, most: int, files: SegmentFiles | None) -> None:
+    def __init__(
+        self, model: Residency, options: Evict, most: int, files: SegmentFiles | None, *, learns: bool = False
+    ) -> None:
         self._model, self._most = model, most
         self._idle_ns = None if options.idle is None else max(to_ns(options.idle), _PART)
         self.away = None if files is None else Away(files, options.lost)
@@ -80,6 +104,10 @@ class Residents:
         self._used = np.full(1, _NEVER, dtype=np.int64)
         self._stamp = np.zeros(1, dtype=np.int64)
         self._order = np.full(1, _NEVER, dtype=np.int64)
+        self._learns = learns
+        # By number: the rows of those that are there; what those that left are known by; destinations, in order.
+        self._row_of: dict[int, int] = {}
+        self._keys, self._ever = array("q"), array("q")
 
     # ---- what an interaction needs
 
@@ -115,6 +143,8 @@ class Residents:
         """Lets nodes leave that are idle, and, if the ends of an interaction find no room, others."""
         ends = {graph.rows[node] for node in (value.source, value.destination) if node in graph.rows}
         staying = ends | {row for waiting in graph.waiting for row in waiting[:2]}
+        if graph.companion is not None:
+            staying |= {self._row_of[number] for number in graph.companion.staying()}
         if self._looks(graph.newest):
             assert graph.newest is not None and self._idle_ns is not None
             self._look = graph.newest // (self._idle_ns // _PART)
@@ -123,11 +153,13 @@ class Residents:
                 idle = there[self._stamp[there] <= graph.newest - self._idle_ns]
                 self._leave(graph, _without(idle, staying), context)
         needed = len(_new(graph, value))
-        if len(graph.rows) + needed > self._most:
+        while len(graph.rows) + needed > self._most:
             there = _without(np.flatnonzero(self._used != _NEVER), staying)
             count = min(max(self._part, needed), len(there))
-            longest = np.argpartition(self._used[there], count - 1)[:count]
-            self._leave(graph, np.sort(there[longest]), context)
+            longest = there[np.argpartition(self._used[there], count - 1)[:count]]
+            self._leave(graph, np.sort(longest), context)
+            # Again only where one has the hash of another who is away, and had to stay.
+            staying.update(longest.tolist())
 
     def _looks(self, newest: int | None) -> bool:
         return self._idle_ns is not None and newest is not None and newest // (self._idle_ns // _PART) != self._look
@@ -139,8 +171,13 @@ class Residents:
             rows, names = rows[kept], [name for name, keep in zip(names, kept, strict=True) if keep]
         if not names:
             return
-        orders = self._order[rows].tolist()
+        orders, numbers = self._order[rows].tolist(), graph.state["number"].numpy()[rows].tolist()
         records = self._model.take_out(graph.state, rows)
+        if graph.companion is not None:
+            more = [graph.companion.take_out(number) for number in numbers]
+            records = [record + kept for record, kept in zip(records, more, strict=False)]
+            for number in numbers:
+                del self._row_of[number]
         for name, row in zip(names, rows.tolist(), strict=True):
             del graph.rows[name]
             heapq.heappush(self._free, row)
@@ -187,16 +224,28 @@ class Residents:
         graph.rows[node] = row
         graph.names[row] = node
         if record is None:
+            self._be_there(self._numbers, row)
+            if self._learns and self.away is not None:
+                self._keys.append(self.away.key(node))
             self._model.assign(graph.state, row, self._numbers)
             self._numbers += 1
             context.count("new_nodes")
             return row
-        self._model.put_back(graph.state, row, record[_OWN.size :])
+        end = None if graph.companion is None else _OWN.size + self._model.row_bytes
+        self._model.put_back(graph.state, row, record[_OWN.size : end])
+        number = int(graph.state["number"][row])
+        self._be_there(number, row)
+        if graph.companion is not None:
+            graph.companion.put_back(number, record[end:])
         order = _OWN.unpack_from(record)[0]
         if order != _NEVER:
             self._be_destination(graph, row, order)
         context.count("reloaded")
         return row
+
+    def _be_there(self, number: int, row: int) -> None:
+        if self._learns:
+            self._row_of[number] = row
 
     def _make_rows(self, graph: ResidentGraph) -> None:
         if self._rows > graph.capacity:
@@ -214,6 +263,8 @@ class Residents:
         if row not in graph.is_destination:
             self._be_destination(graph, row, self._destinations)
             self._destinations += 1
+            if self._learns and self.away is not None:
+                self._ever.append(int(graph.state["number"][row]))
 
     def _be_destination(self, graph: ResidentGraph, row: int, order: int) -> None:
         self._order[row] = order
@@ -227,12 +278,41 @@ class Residents:
             ends = (node for value in values for node in (value.source, value.destination))
             self.away.read_ahead(node for node in ends if node not in graph.rows)
 
+    # ---- nodes by number
+
+    def find(self, numbers: Integers) -> Integers:
+        """The rows of nodes, NOBODY for who is not there."""
+        rows = [self._row_of.get(number, NOBODY) for number in numbers.tolist()]
+        return np.array(rows, dtype=np.int64)
+
+    def fetch(self, numbers: Integers) -> list[bytes | None]:
+        """Of nodes that are not there, the records; None for who is forgotten. Raises SegmentError."""
+        if self.away is None:
+            return [None] * len(numbers)
+        end = _OWN.size + self._model.row_bytes
+        records = self.away.peek([self._keys[number] for number in numbers.tolist()])
+        found = [None if record is None else record[_OWN.size : end] for record in records]
+        # A lost node may have come anew, and have left under another number.
+        return [
+            record if record is not None and self._model.number_in(record) == number else None
+            for number, record in zip(numbers.tolist(), found, strict=True)
+        ]
+
+    def destinations(self, graph: ResidentGraph) -> Sequence[int]:
+        """The numbers of all that were ever a destination and are not forgotten, in the order in which they were."""
+        return self._ever if self.away is not None else _Numbers(graph)
+
     # ---- the state
 
     def snapshot(self, graph: ResidentGraph) -> dict[str, Any]:
         """All but the model's state: who is where, since when, and what is known of those who are away."""
         there = np.flatnonzero(self._used != _NEVER)
-        return {
+        learns = {
+            "numbers": graph.state["number"].numpy()[there],
+            "keys": np.array(self._keys, dtype=np.int64),
+            "ever": np.array(self._ever, dtype=np.int64),
+        }
+        return (learns if self._learns else {}) | {
             "nodes": [graph.names[row] for row in there],
             "rows": there,
             "used": self._used[there],
@@ -262,6 +342,9 @@ class Residents:
         destinations = there[self._order[there] != _NEVER]
         graph.destinations[:] = destinations[np.argsort(self._order[destinations])].tolist()
         graph.is_destination.update(graph.destinations)
+        if self._learns:
+            self._row_of = dict(zip(np.asarray(state["numbers"]).tolist(), there.tolist(), strict=True))
+            self._keys, self._ever = (array("q", np.asarray(state[name]).tolist()) for name in ("keys", "ever"))
         if self.away is not None:
             self.away.restore(state["away"])
 
@@ -269,6 +352,24 @@ class Residents:
     def used_rows(self) -> int:
         """How many rows were ever taken, with NOBODY's."""
         return self._rows
+
+
+class _Numbers(Sequence[int]):
+    """Of the destinations that are there."""
+
+    def __init__(self, graph: ResidentGraph) -> None:
+        self._number, self._rows = graph.state["number"].numpy(), graph.destinations
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[int]: ...
+    def __getitem__(self, at: int | slice) -> int | list[int]:
+        found: int | list[int] = self._number[self._rows[at]].tolist()
+        return found
 
 
 def _new(graph: ResidentGraph, value: Interaction) -> set[NodeId]:

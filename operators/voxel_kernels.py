@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 
 __all__ = ["fill_binary", "fill_height", "fill_volume", "move"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 
 __all__ = ["arrange", "remember"]
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 
 __all__ = ["EMPTY", "find", "join", "slots", "waves", "winners"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepstream.models.dyngraph.compiled import inlined, kernel
+from stepstream.models.compiled import inlined, kernel
 
 __all__ = ["AGES_NS", "RANKS", "SINCE", "find", "join", "take_in", "times"]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepstream.models.dyngraph.base import GraphModel, GraphState
 from stepstream.models.dyngraph.events import Interactions
+from stepstream.models.dyngraph.excerpts import Open, Whole
 from stepstream.models.dyngraph.memory import MemoryModel, training_step
 from stepstream.models.dyngraph.nat import NAT
 from stepstream.models.dyngraph.nat_training import Batch, NATLearner
@@ -58,16 +59,19 @@ class OnlineLearner:
     step is a function of weights, moments, state, window, negatives, seed and the number of the step, to the bit on one
     thread of the same kind of processor: dropout draws from a generator that seed and number decide.
 
+    `nodes`: how many it has room for; None where nodes leave memory: its state is kept with theirs, each step is told
+    how to open some of it, and nodes are named by number.
+
     A step whose loss or gradient is not finite changes no weights and says so; `restart` makes all new.
     """
 
-    def __init__(self, model: GraphModel, nodes: int, learning_rate: float, seed: int = 0) -> None:
+    def __init__(self, model: GraphModel, nodes: int | None, learning_rate: float, seed: int = 0) -> None:
         assert isinstance(model, (NAT, MemoryModel))
         self.model: NAT | MemoryModel = copy.deepcopy(model)
         self.model.eval().requires_grad_(True)
         self.steps = 0
         self._learning_rate, self._seed = learning_rate, seed
-        self._begin(model.initial_state(nodes))
+        self._begin({} if nodes is None else model.initial_state(nodes))
 
     def _begin(self, state: GraphState) -> None:
         self._state = state
@@ -84,19 +88,29 @@ class OnlineLearner:
         """Makes room for more nodes."""
         self._state = self.model.grow(self._state, nodes)
 
-    def step(self, batch: Batch, negatives: Tensor, expected: Tensor) -> bool:
+    @property
+    def waiting(self) -> Batch | None:
+        """The window that was learned from last, where it is not in the state yet."""
+        return None if self._through_update is None else self._through_update.waiting
+
+    def step(self, batch: Batch, negatives: Tensor, expected: Tensor, opens: Open | None = None) -> bool:
         """Learns from interactions in time order against destinations int64 [B, K] that are not theirs, with the loss
         that the model is trained with: NAT's is that of a choice among all, for which `expected` [B, K] says how often
-        a draw has each (see `link_loss`).
+        a draw has each (see `link_loss`). `opens`: nodes of the state, where it is not kept here.
 
         False if the loss or its gradient was not finite: then `restart` must follow.
         """
+        waiting = self.waiting
+        opened = Whole(self._state) if opens is None else opens(torch.cat(_ends(batch, negatives, waiting)))
+        mine = _renamed(batch, opened.rows)
+        if self._through_update is not None and waiting is not None:
+            self._through_update.waiting = _renamed(waiting, opened.rows)
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             # torch.manual_seed would move the generators of accelerators too.
             torch.default_generator.manual_seed(self._seed * 1_000_003 + self.steps)
             self.model.train()
             try:
-                loss = self._loss(batch, negatives, expected)
+                loss = self._loss(opened.state, mine, opened.rows(negatives), expected)
                 self._optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             finally:
@@ -108,16 +122,18 @@ class OnlineLearner:
             self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         if self._through_update is not None:
-            self._through_update.take(self._state, batch)
+            self._through_update.take(opened.state, mine)
+            self._through_update.waiting = batch
         else:
-            self.model.update(self._state, *batch)
+            self.model.update(opened.state, *mine)
+        opened.close()
         return True
 
-    def _loss(self, batch: Batch, negatives: Tensor, expected: Tensor) -> Tensor:
+    def _loss(self, state: GraphState, batch: Batch, negatives: Tensor, expected: Tensor) -> Tensor:
         if self._through_update is not None:
-            return self._through_update.loss(self._state, batch, negatives, expected)
+            return self._through_update.loss(state, batch, negatives, expected)
         assert isinstance(self.model, MemoryModel)
-        return training_step(self.model, self._state, Interactions(*batch), negatives)
+        return training_step(self.model, state, Interactions(*batch), negatives)
 
     # ---- what is kept
 
@@ -127,8 +143,7 @@ class OnlineLearner:
         for name, parameter in self.model.named_parameters():
             held = self._optimizer.state.get(parameter, {})
             moments[name] = {what: value.clone() for what, value in held.items()}
-        waiting = None if self._through_update is None else self._through_update.waiting
-        columns = () if waiting is None else waiting
+        columns = () if self.waiting is None else self.waiting
         return {
             "steps": self.steps,
             "weights": {name: leaf.clone() for name, leaf in self.model.state_dict().items()},
@@ -163,3 +178,12 @@ class OnlineLearner:
             source, destination, time_ns = (waiting[name].clone() for name in _COLUMNS)
             features = waiting["features"].clone() if "features" in waiting else None
             self._through_update.waiting = (source, destination, time_ns, features)
+
+
+def _ends(batch: Batch, negatives: Tensor, waiting: Batch | None) -> list[Tensor]:
+    return [*batch[:2], negatives.reshape(-1), *(() if waiting is None else waiting[:2])]
+
+
+def _renamed(batch: Batch, rows: Callable[[Tensor], Tensor]) -> Batch:
+    source, destination, time_ns, features = batch
+    return rows(source), rows(destination), time_ns, features

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 
 __all__ = ["BAD_NODE", "FREE", "NODES", "insert", "look_up", "move"]
 

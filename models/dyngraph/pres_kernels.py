@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.dyngraph.compiled import fast_kernel
+from stepstream.models.compiled import fast_kernel
 
 __all__ = ["Mixture", "correct_row", "correct_rows", "find_kinds", "learn_row", "learn_rows"]
 

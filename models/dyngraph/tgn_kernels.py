@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.dyngraph.compiled import fast_kernel
+from stepstream.models.compiled import fast_kernel
 from stepstream.models.dyngraph.pres_kernels import correct_row, learn_row
 
 __all__ = ["pool_rings", "score_few", "take_one"]

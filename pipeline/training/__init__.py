@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from threading import Event
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stepstream.connectors.base import InputError
 
-__all__ = ["evaluate", "train"]
+__all__ = ["EvaluationRun", "TrainingRun", "evaluate", "train"]
 
 EVENT_CLASSIFIERS = ("sltt", "convs5-events")
 """Models of event frames that `event_classifiers` trains and evaluates."""
@@ -61,6 +61,64 @@ def checked(kind: type[T], options: Mapping[str, Any]) -> T:
         raise InputError(f"--set {name}={first.get('input')!r:.40}: {first['msg']}") from None
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """What `train` was asked for, its device found, as the module of a task trains it.
+
+    `options`: what is set, "resume" taken out. `resume`: whether it goes on with what stands in `out`.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    device: str
+    seed: int
+    options: Mapping[str, Any]
+    resume: bool
+    on_progress: Progress | None
+    stop: Event
+
+    def checked(self, kind: type[T], options: Mapping[str, Any]) -> T:
+        """The training options `kind` on this device and with this seed; raises InputError as `checked` does."""
+        return checked(kind, {"device": self.device, "seed": self.seed, **options})
+
+    def clear(self) -> None:
+        """Removes what an earlier training left, unless this one goes on with it."""
+        if not self.resume:
+            for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
+                (self.out / name).unlink(missing_ok=True)
+
+    def report(self, progress: Mapping[str, Any]) -> None:
+        """Tells whoever wants to know."""
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """What `evaluate` was asked for, its device found, as the module of a task evaluates it."""
+
+    model: str
+    data: Path
+    weights: str | Path | None
+    device: str
+    options: Mapping[str, Any]
+    on_progress: Progress | None
+
+    def chosen(self, **defaults: Any) -> list[Any]:
+        """The options that there are, in this order. Raises InputError if another one is set."""
+        for name in self.options:
+            if name not in defaults:
+                known = f"known {'is' if len(defaults) == 1 else 'are'} {', '.join(defaults)}"
+                raise InputError(f"--set {name}: there is no such option; {known}")
+        return [self.options.get(name, default) for name, default in defaults.items()]
+
+    def report(self, progress: Mapping[str, Any]) -> None:
+        """Tells whoever wants to know."""
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+
 def train(
     model: str,
     data: Path,
@@ -83,9 +141,8 @@ def train(
     if minutes is not None:
         given["minutes"] = minutes
     fit = import_module(f"{__name__}.{_modules(model)[0]}")
-    found: dict[str, Any] = fit.train(
-        model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event()
-    )
+    run = TrainingRun(model, data, out, resolve_device(device), seed, given, resume, on_progress, stop or Event())
+    found: dict[str, Any] = fit.train(run)
     return found
 
 
@@ -104,9 +161,8 @@ def evaluate(
     "taxonomy", of detectors "score" and "ground". Raises InputError or WeightsError for what cannot be evaluated.
     """
     task = import_module(f"{__name__}.{_modules(model)[1]}")
-    found: dict[str, Any] = task.evaluate(
-        model, data, weights, resolve_device(device), dict(options or {}), on_progress
-    )
+    run = EvaluationRun(model, data, weights, resolve_device(device), options or {}, on_progress)
+    found: dict[str, Any] = task.evaluate(run)
     return found
 
 

@@ -16,7 +16,7 @@ from stepstream.models.weights import WeightsError
 from stepstream.operators.base import Operator
 from stepstream.operators.cluster import Cluster
 from stepstream.operators.detect import Detect, DetectOptions
-from stepstream.pipeline.training import Progress
+from stepstream.pipeline.training import EvaluationRun
 from stepstream.pipeline.training.detection_metrics import NEAR_M, Judged, scores_of
 from stepstream.pipeline.training.lidar_boxes import CLASSES, BoxedSweep, BoxedSweeps, View, read_boxed_sweeps
 
@@ -87,35 +87,26 @@ def held_back_scores(
     return _all_scores(sweeps, _found(operator, sweeps), data.view, True, threshold)
 
 
-def evaluate(
-    model: str,
-    data: Path,
-    weights: str | Path | None,
-    device: str,
-    options: dict[str, Any],
-    on_progress: Progress | None,
-) -> dict[str, Any]:
+def evaluate(run: EvaluationRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.evaluate`. `options`: `score`, from which on a detection counts for recall and
     precision, and `ground`, of the baseline, metres.
 
     A detection is right if its centre is within 2 m of that of a box nobody took, best first; only what the camera sees
     counts, up to the farthest box.
     """
-    threshold, ground = float(options.pop("score", _THRESHOLD)), float(options.pop("ground", -1.73))
-    if options:
-        raise InputError(f"--set {next(iter(options))}: there is no such option; known are score, ground")
-    if weights is None:
-        raise WeightsError(f"{model} needs weights: a folder made by `stepstream train {model}`")
-    task = model_class(model).task
-    sweeps = read_boxed_sweeps(data)
+    threshold, ground = (float(value) for value in run.chosen(score=_THRESHOLD, ground=-1.73))
+    if run.weights is None:
+        raise WeightsError(f"{run.model} needs weights: a folder made by `stepstream train {run.model}`")
+    task = model_class(run.model).task
+    sweeps = read_boxed_sweeps(run.data)
     held_back = sweeps.sweeps[sweeps.trained :]
     clusters = _found(Cluster(Cluster.Options(ground=ground)), held_back)
     return {
-        "model": model,
+        "model": run.model,
         "task": task,
-        "data": str(data),
+        "data": str(run.data),
         "split": f"the last {len(held_back)} of {len(sweeps.sweeps)} sweeps",
-        "metrics": held_back_scores(model, weights, sweeps, device, threshold),
+        "metrics": held_back_scores(run.model, run.weights, sweeps, run.device, threshold),
         # Every cluster is a detection: its score says how much there was to see.
         "baselines": {"cluster": _all_scores(held_back, clusters, sweeps.view, False, 0.0)},
     }

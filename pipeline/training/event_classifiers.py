@@ -23,7 +23,7 @@ from stepstream.models.convs5_events import ConvS5Classifier
 from stepstream.models.registry import load_model
 from stepstream.models.sltt import SpikingNet, draw_steps, sltt_backward
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training import EvaluationRun, TrainingRun
 from stepstream.pipeline.training.event_sets import EventSet, batches, read_event_set
 
 __all__ = ["ClassifierTrainer", "EventTrainOptions", "accuracy_by_frame", "evaluate", "train"]
@@ -170,78 +170,56 @@ class ClassifierTrainer:
         self.epoch, self.seconds = saved["epoch"], saved["seconds"]
 
 
-def train(
-    model: str,
-    data: Path,
-    out: Path,
-    device: str,
-    seed: int,
-    options: dict[str, Any],
-    resume: bool,
-    on_progress: Progress | None,
-    stop: Event,
-) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`. `options`: fields of `EventTrainOptions` and of the model's sizes.
 
     The weights are those after the last epoch: nothing is chosen by a look at the part that is held back.
     """
-    sizes = {name: options.pop(name) for name in sorted(_SIZES[model] & options.keys())}
-    chosen = checked(EventTrainOptions, {"device": device, "seed": seed, **options})
-    if not resume and out.exists():
-        for name in ("checkpoint.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    recordings = read_event_set(data, chosen.every_us, chosen.frames)
-    trainer = ClassifierTrainer(model, recordings, out, chosen, sizes)
+    options = dict(run.options)
+    sizes = {name: options.pop(name) for name in sorted(_SIZES[run.model] & options.keys())}
+    chosen = run.checked(EventTrainOptions, options)
+    run.clear()
+    recordings = read_event_set(run.data, chosen.every_us, chosen.frames)
+    trainer = ClassifierTrainer(run.model, recordings, run.out, chosen, sizes)
 
     def report(trainer: ClassifierTrainer, loss: float) -> None:
-        assert on_progress is not None
-        on_progress({"fraction": trainer.progress, "epoch": trainer.epoch + 1, "loss": loss})
+        run.report({"fraction": trainer.progress, "epoch": trainer.epoch + 1, "loss": loss})
 
-    trainer.run(report if on_progress is not None else None, stop)
-    return _finish(trainer, data, out)
+    trainer.run(report, run.stop)
+    return _finish(trainer, run.data, run.out)
 
 
-def evaluate(
-    model: str,
-    data: Path,
-    weights: str | Path | None,
-    device: str,
-    options: dict[str, Any],
-    on_progress: Progress | None,
-) -> dict[str, Any]:
+def evaluate(run: EvaluationRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.evaluate`.
 
     `metrics`: `accuracy` after the last frame; `curve`: after each, by milliseconds; `baselines`: the nearest centroid
     of whole recordings. `options`: "split", test or train, of the permutation that `read_event_set` makes. Frames are
     those that the weights were trained on.
     """
-    part = options.pop("split", "test")
-    if options:
-        raise InputError(f"--set {next(iter(options))}: there is no such option; known is split")
+    (part,) = run.chosen(split="test")
     if part not in ("test", "train"):
         raise InputError(f"--set split={part}: test or train was expected")
-    if weights is None:
-        raise InputError(f"{model}: --weights: a folder or a shipped name was expected")
-    loaded = load_model(model, weights)
+    if run.weights is None:
+        raise InputError(f"{run.model}: --weights: a folder or a shipped name was expected")
+    loaded = load_model(run.model, run.weights)
     assert isinstance(loaded.model, SpikingNet | ConvS5Classifier)
     told = loaded.card.training
     every_us, frames = int(told.get("every_us", 10_000)), int(told.get("frames", 30))
-    recordings = read_event_set(data, every_us, frames)
+    recordings = read_event_set(run.data, every_us, frames)
     expected = loaded.card.config
     if (recordings.classes, list(recordings.size)) != (expected["classes"], list(expected["size"])):
         raise InputError(
-            f"{data}: {recordings.classes} classes of {list(recordings.size)} pixels; {weights} knows "
+            f"{run.data}: {recordings.classes} classes of {list(recordings.size)} pixels; {run.weights} knows "
             f"{expected['classes']} of {expected['size']}"
         )
-    if on_progress is not None:
-        on_progress({"fraction": 0.1})
+    run.report({"fraction": 0.1})
     rows = recordings.test if part == "test" else recordings.train
-    curve = accuracy_by_frame(loaded.model.to(device), recordings, rows, device)
+    curve = accuracy_by_frame(loaded.model.to(run.device), recordings, rows, run.device)
     return {
-        "model": model,
+        "model": run.model,
         "task": "events",
         "split": part,
-        "data": data.name,
+        "data": run.data.name,
         "evaluated": len(rows),
         "protocol": _SPLIT,
         "weights_sha256": loaded.weights_hash,

@@ -6,14 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from stepstream.connectors.base import InputError
 from stepstream.models.eventtransact import EventTransActConfig
 from stepstream.models.registry import load_model
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training import Progress, TrainingRun
 from stepstream.pipeline.training.event_augment import Augmentation
 from stepstream.pipeline.training.event_data import LabelledEvents, read_labelled
 from stepstream.pipeline.training.event_train import EventTrainer, EventTrainOptions
@@ -32,39 +31,27 @@ def _names(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def train(
-    model: str,
-    data: Path,
-    out: Path,
-    device: str,
-    seed: int,
-    options: dict[str, Any],
-    resume: bool,
-    on_progress: Progress | None,
-    stop: Event,
-) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`. `options`: fields of `EventTrainOptions`, of the model's sizes
     (`EventTransActConfig`, of its frames `kind`, `every_us`, `window_us`) and of `Augmentation`.
     """
-    if model != "eventtransact":
-        raise InputError(f"{model} has nothing to train: eventtransact was expected")
-    events = read_labelled(data)
-    given = {**_DEFAULTS[events.protocol], **options}
+    if run.model != "eventtransact":
+        raise InputError(f"{run.model} has nothing to train: eventtransact was expected")
+    events = read_labelled(run.data)
+    given = {**_DEFAULTS[events.protocol], **run.options}
     frame = {name: given.pop(name) for name in _FRAME if name in given}
     own = _names(EventTrainOptions)
     sizes = {name: given.pop(name) for name in sorted(_names(EventTransActConfig) - own) if name in given}
     moved = {name: given.pop(name) for name in sorted(_names(Augmentation) - own) if name in given}
-    chosen = checked(
+    chosen = run.checked(
         EventTrainOptions,
-        {"device": device, "seed": seed, **given, "augment": moved, "model": {**sizes, "frame": frame}},
+        {**given, "augment": moved, "model": {**sizes, "frame": frame}},
     )
-    if not resume and out.exists():
-        for name in ("checkpoint.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    initial = None if chosen.initial is None else load_model(model, chosen.initial).model.state_dict()
-    trainer = EventTrainer(events, out, chosen, initial)
-    trainer.run(_reporter(on_progress), stop)
-    return _finish(trainer, data, out)
+    run.clear()
+    initial = None if chosen.initial is None else load_model(run.model, chosen.initial).model.state_dict()
+    trainer = EventTrainer(events, run.out, chosen, initial)
+    trainer.run(_reporter(run.on_progress), run.stop)
+    return _finish(trainer, run.data, run.out)
 
 
 def _reporter(on_progress: Progress | None) -> Callable[[EventTrainer, float], None] | None:

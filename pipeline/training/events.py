@@ -8,7 +8,7 @@ from typing import Any
 from stepstream.connectors.base import InputError
 from stepstream.models.eventtransact import EventTransAct
 from stepstream.models.registry import load_model
-from stepstream.pipeline.training import Progress
+from stepstream.pipeline.training import EvaluationRun
 from stepstream.pipeline.training.event_data import LabelledEvents, read_labelled
 from stepstream.pipeline.training.event_fit import split_text
 from stepstream.pipeline.training.event_metrics import nearest_centroid, score_pieces
@@ -16,44 +16,34 @@ from stepstream.pipeline.training.event_metrics import nearest_centroid, score_p
 __all__ = ["evaluate"]
 
 
-def evaluate(
-    model: str,
-    data: Path,
-    weights: str | Path | None,
-    device: str,
-    options: dict[str, Any],
-    on_progress: Progress | None,
-) -> dict[str, Any]:
+def evaluate(run: EvaluationRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.evaluate`.
 
     `metrics`: `accuracy`, over `decisions`; `curve`: accuracy by milliseconds since the onset; `baselines`: the nearest
     centroid, fitted to the training part. `options`: "split", test or train. Every recording, or later half of one,
     begins with a fresh state. Raises InputError if the weights' classes are not those of the data.
     """
-    part = options.pop("split", "test")
-    if options:
-        raise InputError(f"--set {next(iter(options))}: there is no such option; known is split")
+    (part,) = run.chosen(split="test")
     if part not in ("test", "train"):
         raise InputError(f"--set split={part}: test or train was expected")
-    if weights is None:
-        raise InputError(f"{model}: --weights: a folder or a shipped name was expected")
-    loaded = load_model(model, weights)
+    if run.weights is None:
+        raise InputError(f"{run.model}: --weights: a folder or a shipped name was expected")
+    loaded = load_model(run.model, run.weights)
     network = loaded.model
     if not isinstance(network, EventTransAct):
-        raise InputError(f"{model} cannot be evaluated on events")
-    events = read_labelled(data)
-    _check(network, events, weights)
+        raise InputError(f"{run.model} cannot be evaluated on events")
+    events = read_labelled(run.data)
+    _check(network, events, run.weights)
     pieces = events.part(part)
-    if on_progress is not None:
-        on_progress({"fraction": 0.1})
-    found = score_pieces(network.to(device), events, pieces)
+    run.report({"fraction": 0.1})
+    found = score_pieces(network.to(run.device), events, pieces)
     centroid = nearest_centroid(events, events.part("train"), pieces)
     said = {
         "recordings": "what is said when the last frame of a recording has closed",
         "time": "what is said every 100 ms, from a fresh state at the beginning of the part",
     }
     return {
-        "model": model,
+        "model": run.model,
         "task": "events",
         "split": part,
         "data": events.name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from stepstream.models.dyngraph.base import GraphModel
 from stepstream.models.dyngraph.edgebank import EdgeBank, EdgeBankWindow, proportion_window, repeat_window
 from stepstream.models.dyngraph.loading import load_graph_model
 from stepstream.models.dyngraph.recency import Recency
-from stepstream.pipeline.training import Progress
+from stepstream.pipeline.training import EvaluationRun
 from stepstream.pipeline.training.graph_data import GraphData, GraphSplit, read_graph
 from stepstream.pipeline.training.graph_negatives import SEEDS
 from stepstream.pipeline.training.graph_protocols import BATCH, FRESHNESS, Pairs, pair_metrics, ranking_metrics
@@ -71,14 +70,7 @@ def evaluate_model(
     return found
 
 
-def evaluate(
-    model: str,
-    data: Path,
-    weights: str | Path | None,
-    device: str,
-    options: dict[str, Any],
-    on_progress: Progress | None,
-) -> dict[str, Any]:
+def evaluate(run: EvaluationRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.evaluate`.
 
     `metrics` and `baselines` have the state refreshed every 200 interactions (what is published), `per_event` and
@@ -86,36 +78,33 @@ def evaluate(
     edgebank-window: "proportion" (the last 15 % of what came before) or "repeat" (the mean time until a pair meets
     again); "time_unit" of the recording.
     """
-    part, window = options.pop("split", "test"), options.pop("window", "proportion")
-    reading = {"time_unit": options.pop("time_unit")} if "time_unit" in options else None
-    if options:
-        raise InputError(f"--set {next(iter(options))}: there is no such option; known are split, window, time_unit")
+    part, window, time_unit = run.chosen(split="test", window="proportion", time_unit=None)
+    reading = None if time_unit is None else {"time_unit": time_unit}
     if window not in WINDOWS:
         raise InputError(f"--set window={window}: {' or '.join(WINDOWS)} was expected")
-    if model in BASELINES and weights is not None:
-        raise InputError(f"{model} has no parameters: it takes no --weights")
-    loaded = None if model in BASELINES else load_graph_model(model, weights)
-    graph = read_graph(data, reading)
+    if run.model in BASELINES and run.weights is not None:
+        raise InputError(f"{run.model} has no parameters: it takes no --weights")
+    loaded = None if run.model in BASELINES else load_graph_model(run.model, run.weights)
+    graph = read_graph(run.data, reading)
     split = GraphSplit.of(graph)
     split.part(part)
     pairs = Pairs.of(graph, split, part)
     width = 0 if graph.features is None else graph.features.shape[1]
     if loaded is not None and loaded.features not in (None, width):
-        raise InputError(f"{data}: interactions with {width} features, and {weights} expects {loaded.features}")
-    names = [model, *(name for name in BASELINES if name != model)]
+        raise InputError(f"{run.data}: interactions with {width} features, and {run.weights} expects {loaded.features}")
+    names = [run.model, *(name for name in BASELINES if name != run.model)]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for i, name in enumerate(names):
 
         def report(fraction: float, done: int = i) -> None:
-            if on_progress is not None:
-                on_progress({"fraction": (done + fraction) / len(names)})
+            run.report({"fraction": (done + fraction) / len(names)})
 
         chosen = _baseline(name, graph, split, part, window) if loaded is None or i > 0 else loaded.model
         if isinstance(chosen, nn.Module):
-            chosen.to(device)
-        on = device if i == 0 else "cpu"
+            chosen.to(run.device)
+        on = run.device if i == 0 else "cpu"
         found[name] = evaluate_model(chosen, graph, split, pairs, part, on, on_progress=report)
-    return _result(model, graph, split, part, found)
+    return _result(run.model, graph, split, part, found)
 
 
 def _result(

@@ -6,14 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from stepstream.connectors.base import InputError
 from stepstream.models.dyngraph.memory import MemoryConfig
 from stepstream.models.dyngraph.nat import NATConfig
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training import Progress, TrainingRun
 from stepstream.pipeline.training.graph_data import read_graph
 from stepstream.pipeline.training.graph_train import NETWORKS, GraphTrainer, GraphTrainOptions
 
@@ -28,33 +27,20 @@ def _sizes(model: str) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)} - {"seed"} | ({"backbone"} if model == "pres" else set())
 
 
-def train(
-    model: str,
-    data: Path,
-    out: Path,
-    device: str,
-    seed: int,
-    options: dict[str, Any],
-    resume: bool,
-    on_progress: Progress | None,
-    stop: Event,
-) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`. `options`: fields of `GraphTrainOptions` and of the model's sizes.
 
     NAT is trained to choose the true destination among all, from 4 random and 2 historical ones, unless told otherwise.
     """
-    if model not in NETWORKS:
-        raise InputError(f"{model} has nothing to train: {', '.join(NETWORKS)} were expected")
-    sizes = {name: options.pop(name) for name in sorted(_sizes(model) & options.keys())}
-    chosen = checked(
-        GraphTrainOptions, {"device": device, "seed": seed, **_DEFAULTS.get(model, {}), **options, "model": sizes}
-    )
-    if not resume and out.exists():
-        for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    trainer = GraphTrainer(model, read_graph(data), out, chosen)
-    trainer.run(_reporter(on_progress), stop)
-    return _finish(trainer, data, out)
+    if run.model not in NETWORKS:
+        raise InputError(f"{run.model} has nothing to train: {', '.join(NETWORKS)} were expected")
+    options = dict(run.options)
+    sizes = {name: options.pop(name) for name in sorted(_sizes(run.model) & options.keys())}
+    chosen = run.checked(GraphTrainOptions, {**_DEFAULTS.get(run.model, {}), **options, "model": sizes})
+    run.clear()
+    trainer = GraphTrainer(run.model, read_graph(run.data), run.out, chosen)
+    trainer.run(_reporter(run.on_progress), run.stop)
+    return _finish(trainer, run.data, run.out)
 
 
 def _reporter(on_progress: Progress | None) -> Callable[[GraphTrainer, float], None] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from stepstream.connectors.base import InputError
 from stepstream.models.ppn import PPN, SIZES, PPNConfig
 from stepstream.models.registry import load_model
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training import EvaluationRun, Progress, TrainingRun
 from stepstream.pipeline.training.lidar_baselines import baseline_scores
 from stepstream.pipeline.training.lidar_data import LidarData, read_sweeps
 from stepstream.pipeline.training.lidar_metrics import evaluate_stream
@@ -24,17 +23,7 @@ from stepstream.pipeline.training.lidar_train import LidarTrainer, LidarTrainOpt
 __all__ = ["evaluate", "train"]
 
 
-def train(
-    model: str,
-    data: Path,
-    out: Path,
-    device: str,
-    seed: int,
-    options: dict[str, Any],
-    resume: bool,
-    on_progress: Progress | None,
-    stop: Event,
-) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`.
 
     `options` are fields of `LidarTrainOptions` and of `PPNConfig`; `profile`, one of `SIZES`; `poses`, a file;
@@ -42,7 +31,8 @@ def train(
     part, with `objects_part`, the part of its sweeps that they are cut out of, and `objects_rate`, of each class into a
     window.
     """
-    sweeps = read_sweeps(data, options.pop("taxonomy", None), options.pop("poses", None))
+    options = dict(run.options)
+    sweeps = read_sweeps(run.data, options.pop("taxonomy", None), options.pop("poses", None))
     profile = options.pop("profile", "small")
     if profile not in SIZES:
         raise InputError(f"--set profile={profile}: one of {', '.join(SIZES)} was expected")
@@ -52,14 +42,12 @@ def train(
     folder, part = options.pop("objects", None), float(options.pop("objects_part", 0.5))
     rate = float(options.pop("objects_rate", 0.7))
     put = read_objects(Path(folder), sweeps.taxonomy.classes, part, rate) if folder else None
-    how = checked(LidarTrainOptions, {"device": device, "seed": seed, **options})
-    if not resume and out.exists():
-        for name in ("checkpoint.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    trainer = LidarTrainer(sweeps, out, how, put)
-    trainer.run(_reporter(on_progress), stop)
+    how = run.checked(LidarTrainOptions, options)
+    run.clear()
+    trainer = LidarTrainer(sweeps, run.out, how, put)
+    trainer.run(_reporter(run.on_progress), run.stop)
     objects = None if put is None else {"from": Path(folder).name, "part": part, "rate": rate}
-    return _finish(trainer, sweeps, data, out, objects)
+    return _finish(trainer, sweeps, run.data, run.out, objects)
 
 
 def _reporter(on_progress: Progress | None) -> Callable[[LidarTrainer, float], None] | None:
@@ -109,46 +97,38 @@ def _finish(
     }
 
 
-def evaluate(
-    model: str,
-    data: Path,
-    weights: str | Path | None,
-    device: str,
-    options: dict[str, Any],
-    on_progress: Progress | None,
-) -> dict[str, Any]:
+def evaluate(run: EvaluationRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.evaluate`.
 
     `metrics`: `miou` and `iou_NAME` over the labelled points of the part, `accuracy`, `iou_now` and `iou_next` of the
     reconstructed and of the expected map; the state comes from the stream. `options`: "split", train, validation or
     test; "poses"; "taxonomy".
     """
-    part = options.pop("split", "test")
-    sweeps = read_sweeps(data, options.pop("taxonomy", None), options.pop("poses", None))
-    if options:
-        raise InputError(f"--set {next(iter(options))}: there is no such option; known are split, poses, taxonomy")
+    part, poses, taxonomy = run.chosen(split="test", poses=None, taxonomy=None)
+    sweeps = read_sweeps(run.data, taxonomy, poses)
     if part not in sweeps.splits or part == "train":
         raise InputError(f"--set split={part}: validation or test was expected")
-    if weights is None:
-        raise InputError(f"{model} needs --weights: a folder made by `stepstream train`, or the name of shipped ones")
-    loaded = load_model(model, weights)
+    if run.weights is None:
+        raise InputError(
+            f"{run.model} needs --weights: a folder made by `stepstream train`, or the name of shipped ones"
+        )
+    loaded = load_model(run.model, run.weights)
     network = loaded.model
     if not isinstance(network, PPN):
-        raise InputError(f"{model} is for {loaded.card.task}: a perception network was expected")
+        raise InputError(f"{run.model} is for {loaded.card.task}: a perception network was expected")
     if network.config.classes != sweeps.taxonomy.classes:
         raise InputError(
-            f"weights {weights} know {len(network.config.classes)} classes of {loaded.card.training.get('data')}: they "
-            f"do not fit the {len(sweeps.taxonomy.classes)} of {sweeps.name}"
+            f"weights {run.weights} know {len(network.config.classes)} classes of {loaded.card.training.get('data')}: "
+            f"they do not fit the {len(sweeps.taxonomy.classes)} of {sweeps.name}"
         )
 
     def report(fraction: float) -> None:
-        if on_progress is not None:
-            on_progress({"fraction": 0.7 * fraction})
+        run.report({"fraction": 0.7 * fraction})
 
-    found = evaluate_stream(network, sweeps, part, device, report)
+    found = evaluate_stream(network, sweeps, part, run.device, report)
     first, last = sweeps.splits[part]
     return {
-        "model": model,
+        "model": run.model,
         "task": "lidar",
         "split": part,
         "data": sweeps.name,

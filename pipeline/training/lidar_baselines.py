@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepstream.models.dyngraph.compiled import kernel
+from stepstream.models.compiled import kernel
 from stepstream.models.ppn import PPNConfig
 from stepstream.pipeline.training.lidar_data import LabelledSweep, LidarData, window_of
 from stepstream.pipeline.training.lidar_metrics import Overlap, class_scores, confusion

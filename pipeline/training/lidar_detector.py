@@ -21,7 +21,7 @@ from stepstream.connectors.records import Sweep
 from stepstream.models.detection.center_head import Targets, encode, head_loss
 from stepstream.models.detection.detector import PUBLISHED, SMALL, Detector, DetectorConfig
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training import TrainingRun
 from stepstream.pipeline.training.detector_scores import held_back_scores
 from stepstream.pipeline.training.lidar_boxes import CLASSES, BoxedSweep, BoxedSweeps, moved, read_boxed_sweeps
 
@@ -229,35 +229,23 @@ class DetectorTrainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def train(
-    model: str,
-    data: Path,
-    out: Path,
-    device: str,
-    seed: int,
-    options: dict[str, Any],
-    resume: bool,
-    on_progress: Progress | None,
-    stop: Event,
-) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`. `options`: fields of `DetectorTrainOptions` and of `DetectorConfig`.
 
     The weights are the averaged ones at the end: nothing is chosen by a look at the sweeps that are held back.
     """
+    options = dict(run.options)
     sizes = {f.name for f in fields(DetectorConfig)} - {"backbone", "classes"}
     chosen = {name: options.pop(name) for name in list(options) if name in sizes}
-    how = checked(DetectorTrainOptions, {"device": device, "seed": seed, "model": chosen, **options})
-    if not resume and out.exists():
-        for name in ("checkpoint.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    trainer = DetectorTrainer(model, read_boxed_sweeps(data), out, how)
+    how = run.checked(DetectorTrainOptions, {"model": chosen, **options})
+    run.clear()
+    trainer = DetectorTrainer(run.model, read_boxed_sweeps(run.data), run.out, how)
 
     def report(trainer: DetectorTrainer, loss: float) -> None:
-        assert on_progress is not None
-        on_progress({"fraction": trainer.progress, "step": trainer.step, "loss": loss})
+        run.report({"fraction": trainer.progress, "step": trainer.step, "loss": loss})
 
-    trainer.run(report if on_progress is not None else None, stop)
-    return _finish(trainer, data, out)
+    trainer.run(report, run.stop)
+    return _finish(trainer, run.data, run.out)
 
 
 def _finish(trainer: DetectorTrainer, data: Path, out: Path) -> dict[str, Any]:

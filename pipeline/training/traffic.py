@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from stepstream.connectors.recording import open_recording
 from stepstream.connectors.traffic import TrafficRecording
 from stepstream.models.registry import load_model
 from stepstream.models.weights import Card, save_weights
-from stepstream.pipeline.training import Progress, checked
+from stepstream.pipeline.training import EvaluationRun, Progress, TrainingRun
 from stepstream.pipeline.training.traffic_baselines import (
     persistence_errors,
     ridge_errors,
@@ -44,39 +43,28 @@ def read(data: Path, graph: Path | None = None) -> TrafficRecording:
     return recording
 
 
-def train(
-    model: str,
-    data: Path,
-    out: Path,
-    device: str,
-    seed: int,
-    options: dict[str, Any],
-    resume: bool,
-    on_progress: Progress | None,
-    stop: Event,
-) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.train`.
 
     `options` are fields of `TrainOptions` and of the model's configuration, `graph_file` (distances, weights or
     positions that go with the recording) and `start_from` (weights to begin with, shipped or a folder).
     """
+    options = dict(run.options)
     graph = options.pop("graph_file", None)
-    recording = read(data, Path(graph) if graph else None)
-    if model == "weekly-average":
-        return _save_weekly_average(recording, data, out)
-    if model not in NETWORKS:
-        raise InputError(f"{model} has nothing to train: {', '.join(NETWORKS)} or weekly-average was expected")
-    sizes = NETWORKS[model].options
+    recording = read(run.data, Path(graph) if graph else None)
+    if run.model == "weekly-average":
+        return _save_weekly_average(recording, run.data, run.out)
+    if run.model not in NETWORKS:
+        raise InputError(f"{run.model} has nothing to train: {', '.join(NETWORKS)} or weekly-average was expected")
+    sizes = NETWORKS[run.model].options
     start = options.pop("start_from", None)
     options["model"] = {name: options.pop(name) for name in list(options) if name in sizes}
-    chosen = checked(TrainOptions, {"device": device, "seed": seed, **options})
-    if not resume and out.exists():
-        for name in ("checkpoint.pt", "best.pt", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
-    initial = load_model(model, start).model.state_dict() if start else None
-    trainer = Trainer(recording, out, chosen, initial, model)
-    trainer.run(_reporter(on_progress), stop)
-    return _finish(trainer, recording, data, out, start)
+    chosen = run.checked(TrainOptions, options)
+    run.clear()
+    initial = load_model(run.model, start).model.state_dict() if start else None
+    trainer = Trainer(recording, run.out, chosen, initial, run.model)
+    trainer.run(_reporter(run.on_progress), run.stop)
+    return _finish(trainer, recording, run.data, run.out, start)
 
 
 def _reporter(on_progress: Progress | None) -> Callable[[Trainer, float], None] | None:
@@ -152,73 +140,59 @@ def _save_weekly_average(recording: TrafficRecording, data: Path, out: Path) -> 
     return {"model": "weekly-average", "data": str(data), "out": str(out), "ended": True}
 
 
-def evaluate(
-    model: str,
-    data: Path,
-    weights: str | Path | None,
-    device: str,
-    options: dict[str, Any],
-    on_progress: Progress | None,
-) -> dict[str, Any]:
+def evaluate(run: EvaluationRun) -> dict[str, Any]:
     """See `stepstream.pipeline.training.evaluate`.
 
     `metrics` are cold (state reset, 12 frames in, the published protocol); `warm` those with the state from the
     stream, which is what a live system has. Keys follow the horizon in minutes; MAPE is a fraction.
     """
-    graph, split = options.pop("graph_file", None), options.pop("split", "test")
-    if options:
-        raise InputError(f"--set {next(iter(options))}: there is no such option; known are split, graph_file")
-    recording = read(data, Path(graph) if graph else None)
+    split, graph = run.chosen(split="test", graph_file=None)
+    recording = read(run.data, Path(graph) if graph else None)
     tensors, slots = TrafficTensors.of(recording), 86_400 // recording.step_s
     if split not in tensors.splits:
         raise InputError(f"--set split={split}: train, validation or test was expected")
-    say = on_progress or (lambda _: None)
     baselines: dict[str, Callable[[], HorizonErrors]] = {
         "persistence": lambda: persistence_errors(tensors, split, WINDOW),
         "weekly-average": lambda: weekly_average_errors(tensors, split, WINDOW, slots),
         "ridge": lambda: ridge_errors(tensors, split, WINDOW, slots, published_horizons(WINDOW)),
     }
-    result: dict[str, Any] = {"model": model, "task": "traffic", "split": split, "data": recording.name}
+    result: dict[str, Any] = {"model": run.model, "task": "traffic", "split": split, "data": recording.name}
     result["protocol"] = "cold: state reset, 12 frames in; errors over observed truths"
     horizons = published_horizons(WINDOW)
-    if model in baselines and weights is not None:
-        raise InputError(f"{model} is fitted on the recording's own training part: it takes no --weights")
-    if model not in baselines:
-        result |= _evaluate_model(model, weights, recording, tensors, split, device, say)
+    if run.model in baselines and run.weights is not None:
+        raise InputError(f"{run.model} is fitted on the recording's own training part: it takes no --weights")
+    if run.model not in baselines:
+        result |= _evaluate_model(run, recording, tensors, split)
     scores: dict[str, dict[str, float]] = {}
     for done, (name, errors) in enumerate(baselines.items()):
-        say({"fraction": (done + 1) / 4})
+        run.report({"fraction": (done + 1) / 4})
         scores[name] = errors().metrics(recording.step_s, horizons)
-    if model in scores:
-        result["metrics"] = scores.pop(model)
+    if run.model in scores:
+        result["metrics"] = scores.pop(run.model)
     result["baselines"] = scores
     return result
 
 
 def _evaluate_model(
-    model: str,
-    weights: str | Path | None,
-    recording: TrafficRecording,
-    tensors: TrafficTensors,
-    split: str,
-    device: str,
-    say: Callable[[Mapping[str, Any]], None],
+    run: EvaluationRun, recording: TrafficRecording, tensors: TrafficTensors, split: str
 ) -> dict[str, Any]:
-    if weights is None:
-        raise InputError(f"{model} needs --weights: a folder made by `stepstream train`, or the name of shipped ones")
-    loaded = load_model(model, weights)
+    if run.weights is None:
+        raise InputError(
+            f"{run.model} needs --weights: a folder made by `stepstream train`, or the name of shipped ones"
+        )
+    loaded = load_model(run.model, run.weights)
     if loaded.card.sensors != recording.sensors:
         raise InputError(
-            f"weights {weights} are for {len(loaded.card.sensors)} sensors of {loaded.card.training.get('data')}: "
+            f"weights {run.weights} are for {len(loaded.card.sensors)} sensors of {loaded.card.training.get('data')}: "
             f"they do not fit the {len(recording.sensors)} sensors of {recording.name}"
         )
-    network = loaded.model.to(device)
+    network = loaded.model.to(run.device)
     horizons = int(loaded.card.config["horizons"])
 
     def forward(x: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            say({})
-            output: torch.Tensor = network({name: part.to(device) for name, part in x.items()}).cpu()
+            run.report({})
+            output: torch.Tensor = network({name: part.to(run.device) for name, part in x.items()}).cpu()
             return output
 
     wanted = published_horizons(horizons)
@@ -226,7 +200,7 @@ def _evaluate_model(
     result: dict[str, Any] = {"weights": loaded.weights_hash, "metrics": cold.metrics(recording.step_s, wanted)}
     field = network.receptive_field
     if field is None:
-        warm = evaluate_stream(tensors, split, network, horizons, device, lambda: say({}))
+        warm = evaluate_stream(tensors, split, network, horizons, run.device, lambda: run.report({}))
         result["warm"] = warm.metrics(recording.step_s, wanted)
     elif loaded.card.config.get("form", "causal") == "causal":
         warm = evaluate_warm(tensors, split, forward, field, horizons)

@@ -1,16 +1,18 @@
 """What it costs that nodes leave memory and come back: `links` with all nodes in memory, and with a tenth of them.
 
-uv run python -m tests.bench.graph_eviction [--nodes 20000] [--wikipedia FILE] [--nat FOLDER] [--batch 200]
+uv run python -m tests.bench.graph_eviction [--nodes 20000] [--wikipedia FILE] [--nat FOLDER] [--batch 200] [--learn]
 
 Interactions a second are of CPU time, one thread, freshness batch. "stream": sources and destinations of power-law
 degrees, scattered over the nodes, and all their ids new to the operator. "wikipedia": AP over the last 15 %, one random
 destination each, of all that were one by then; one that is away is scored as one never seen. `--nat`: weights that
-`stepstream train nat` made on the same file without features; without it, on the stream, random ones.
+`stepstream train nat` made on the same file without features; without it, on the stream, random ones. `--learn`: NAT
+alone, and it goes on learning. "scores": the same where all scores are, to the bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import tempfile
 import time
@@ -101,6 +103,7 @@ def measured(
     store: Path | None,
     batch: int,
     ap: bool,
+    learn: bool,
 ) -> dict[str, Any]:
     given = {
         "model": model,
@@ -109,13 +112,16 @@ def measured(
         "batch": batch,
         "max_nodes": most,
         "evict": {"store": None if store is None else str(store)},
+        "learn": {"every": batch} if learn else None,
     }
     first = int(0.85 * len(records)) if ap else len(records)
     operator, context = WithNegatives(Links.Options.model_validate(given), first), RecordingContext()
     operator.process(records[:batch], context)
+    scores = hashlib.sha256()
     cpu, wall = time.process_time(), time.perf_counter()
     for at in range(batch, len(records), 500):
-        operator.process(records[at : at + 500], context)
+        for out in operator.process(records[at : at + 500], context):
+            scores.update(out.value.scores)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     graph = operator._graphs["g"]
     held = [*_leaves(graph.state)]
@@ -130,6 +136,7 @@ def measured(
         "state MB": f"{sum(leaf.numel() * leaf.element_size() for leaf in held) / 1e6:.1f}",
         "stored MB": "" if away is None else f"{away.stored_bytes / 1e6:.1f}",
         "away": "" if away is None else len(away),
+        "scores": scores.hexdigest()[:8],
         "cpu": cpu,
     }
     if ap:
@@ -147,10 +154,10 @@ def _leaves(state: dict[str, Any]) -> Any:
 
 
 def compare(
-    model: str, weights: Path | None, records: list[Record], batch: int, ap: bool, fraction: float
+    model: str, weights: Path | None, records: list[Record], batch: int, ap: bool, fraction: float, learn: bool
 ) -> list[dict[str, Any]]:
     nodes = len({node for record in records for node in (record.value.source, record.value.destination)})
-    most = max(int(fraction * nodes), 2 * batch + 2)
+    most = max(int(fraction * nodes), (4 if learn else 2) * batch + 2)
     rows = []
     for name, limit, kept in (
         (f"all {nodes:,}", MANY, True),
@@ -158,7 +165,7 @@ def compare(
         (f"{most:,}, none", most, False),
     ):
         folder = Path(tempfile.mkdtemp())
-        rows.append(measured(name, model, weights, records, limit, folder if kept else None, batch, ap))
+        rows.append(measured(name, model, weights, records, limit, folder if kept else None, batch, ap, learn))
         shutil.rmtree(folder)
     for row in rows:
         moved = row["evicted"] + row["reloaded"]
@@ -176,7 +183,9 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.1, help="of the nodes that are in memory")
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--wikipedia", type=Path)
+    parser.add_argument("--first", type=int, help="only so many interactions of wikipedia")
     parser.add_argument("--nat", type=Path)
+    parser.add_argument("--learn", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -185,14 +194,17 @@ def main() -> None:
         config = NATConfig()
         save_weights(NAT(config), weights, Card(model="nat", task="graph", config=vars(config).copy()))
         records = stream(given.nodes, given.interactions)
-        for model, trained in (("recency", None), ("nat", weights)):
+        for model, trained in (*((("recency", None),) if not given.learn else ()), ("nat", weights)):
             print(f"stream: {model}, {len(records):,} interactions, batch {given.batch}")
-            table(compare(model, trained, records, given.batch, False, given.fraction))
+            table(compare(model, trained, records, given.batch, False, given.fraction, given.learn))
     if given.wikipedia is not None:
-        records = recording(given.wikipedia)
-        for model, trained in (("recency", None), *((("nat", given.nat),) if given.nat else ())):
+        records = recording(given.wikipedia)[: given.first]
+        for model, trained in (
+            *((("recency", None),) if not given.learn else ()),
+            *((("nat", given.nat),) if given.nat else ()),
+        ):
             print(f"wikipedia: {model}, {len(records):,} interactions, batch {given.batch}")
-            table(compare(model, trained, records, given.batch, True, given.fraction))
+            table(compare(model, trained, records, given.batch, True, given.fraction, given.learn))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Stream:
             rows = slice(first, min(first + BATCH, int(self.rows[-1]) + 1))
             if first >= begin:
                 heard.append(learning.guard.serves)
-                self.answer(rows, (model, state), (learning.model, learning.state), scores, ranks, heard[-1])
+                self.answer(rows, (model, state), (learning.model, learning.state(state)), scores, ranks, heard[-1])
             batch = self.batch(rows)
             known |= dict.fromkeys(batch[1].tolist())
             learning.observe(state, batch, list(known), context)

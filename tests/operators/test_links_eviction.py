@@ -277,15 +277,19 @@ def test_a_record_that_is_missing_may_be_forgotten(models: Path, tmp_path: Path)
     assert (context.counts["lost"], context.counts["new_nodes"]) == (1, 1)
 
 
-def test_two_nodes_of_one_hash_are_told_apart(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """62 bits meet once in 10^5 graphs of 10^7 nodes; four bits meet at once."""
+@pytest.mark.parametrize(("hashes", "nodes", "most"), [(40, 40, 30), (80, 90, 54)])
+def test_two_nodes_of_one_hash_are_told_apart(
+    hashes: int, nodes: int, most: int, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """62 bits meet once in 10^5 graphs of 10^7 nodes; four bits meet at once, also of two that would leave together."""
     whole = away._key
-    monkeypatch.setattr(away, "_key", lambda node: whole(node) % 40)
-    records = stream(400, seed=4)
+    monkeypatch.setattr(away, "_key", lambda node: whole(node) % hashes)
+    records = stream(500, nodes, seed=4)
     wanted = links("nat", models).process(records, RecordingContext())
     context = RecordingContext()
-    found = links("nat", models, {"store": str(tmp_path)}, max_nodes=30).process(records, context)
-    assert told(found) == told(wanted) and context.counts["reloaded"] > 10
+    found = links("nat", models, {"store": str(tmp_path)}, max_nodes=most).process(records, context)
+    assert told(found) == told(wanted) and context.counts["evicted"] > 10 and context.counts["reloaded"] > 0
+    assert context.counts["new_nodes"] == len({n for r in records for n in (r.value.source, r.value.destination)})
 
 
 def test_what_is_stored_stays_in_proportion(models: Path, tmp_path: Path) -> None:

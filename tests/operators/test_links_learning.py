@@ -184,7 +184,7 @@ def measured(operator: Links, events: Sequence[Record], context: RecordingContex
             at = torch.tensor([r.time_ns for r in some])
             with torch.no_grad():
                 frozen = operator.model.score(graph.state, source, both, at)
-                new = learned.model.score(learned.state, source, both, at)
+                new = learned.model.score(learned.state(graph.state), source, both, at)
             heard = new if learned.guard.serves else frozen
             for name, scores in (("frozen", frozen), ("learned", new), ("heard", heard)):
                 asked[name] += [(float(pair[0]), float(pair[1])) for pair in scores]
