@@ -153,7 +153,7 @@ INSTALLED = importlib.util.find_spec("torch_geometric_temporal") is not None
 LONG_WINDOWS: dict[str, Case] = {
     "TwoBlockEncoder-blocks": Case(lambda: TwoBlockEncoder(WIDTH, 2, 512, feedforward=12)),
 }
-"""What serving asks of these is asked here too; that they step as their window form, where they have tests of their own:
+"""What serving asks of all is asked of these too. That they step as their window form is asked by tests of their own:
 five receptive fields of it would take minutes."""
 
 CELL_NAMES = [name for name in LAYERS if name.startswith("GraphCellModel")]
