@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numba
 
-__all__ = ["fast_kernel", "inlined", "kernel"]
+__all__ = ["fast_kernel", "fast_part", "inlined", "kernel"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,6 +25,15 @@ def kernel(function: Function) -> Function:
 def fast_kernel(function: Function) -> Function:
     """The same where sums of float32 may be reordered: the last bits depend on the kind of processor."""
     return _kept(numba.njit(nogil=True, fastmath=_FAST)(function))
+
+
+def fast_part(function: Function) -> Function:
+    """For fast kernels to call: its code becomes part of theirs.
+
+    Else there would be two of it, one compiled by itself and one beside its caller, whose sums differ in the last bits;
+    a process that compiles calls the one, and a process that finds the caller in the cache the other.
+    """
+    return _kept(numba.njit(nogil=True, fastmath=_FAST, forceinline=True)(function))
 
 
 def _kept(compiled: Any) -> Any:

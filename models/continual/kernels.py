@@ -33,6 +33,7 @@ __all__ = [
     "layer_at",
     "layer_norm",
     "linear",
+    "part",
     "rotate",
     "softmax",
 ]
@@ -46,7 +47,16 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 def kernel(function: Function) -> Function:
     """Compiled at its first call, for the types it is then given."""
-    compiled: Any = numba.njit(fastmath=_FAST, nogil=True, error_model="numpy")(function)
+    return _compiled(function)
+
+
+def part(function: Function) -> Function:
+    """For kernels to call: its code becomes part of theirs, always (why: `stepstream.models.compiled.fast_part`)."""
+    return _compiled(function, forceinline=True)
+
+
+def _compiled(function: Function, forceinline: bool = False) -> Function:
+    compiled: Any = numba.njit(fastmath=_FAST, nogil=True, error_model="numpy", forceinline=forceinline)(function)
     # Without a folder to write to, as in a read-only container, every process compiles anew.
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
@@ -71,7 +81,7 @@ floats_at, doubles_at = _pointer_to(types.float32), _pointer_to(types.float64)
 integers_at, bytes_at = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
-@kernel
+@part
 def _exp(x: Any) -> Any:
     """e^x for x <= 0, float32, relative error below 1e-6: Cephes' expf (netlib.org/cephes).
 
@@ -92,7 +102,7 @@ def _exp(x: Any) -> Any:
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@kernel
+@part
 def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
     """Y = weight x + bias for one vector; an empty bias is none.
 
@@ -110,7 +120,7 @@ def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
             y[j] += bias[j]
 
 
-@kernel
+@part
 def layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
     """torch.nn.LayerNorm of one vector; an empty bias is none. `y` may be `x`."""
     width = x.shape[0]
@@ -129,7 +139,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None
             y[i] += bias[i]
 
 
-@kernel
+@part
 def softmax(scores: Array, count: int) -> Any:
     """Exponentials of the first `count` scores less the largest, in place; returns 1 / their sum, 0 if all are -inf."""
     largest = np.float32(-np.inf)
@@ -150,7 +160,7 @@ def softmax(scores: Array, count: int) -> Any:
     return np.float32(1) / total
 
 
-@kernel
+@part
 def _attend(
     q: Array, keys: Array, values: Array, clock: int, age_bias: Array, present: Array, scores: Array, out: Array
 ) -> None:
@@ -207,7 +217,7 @@ def _attend(
         out[d] *= total
 
 
-@kernel
+@part
 def _stream_step(
     qkv: Array,
     ring: Array,
@@ -230,7 +240,7 @@ def _stream_step(
         _attend(qkv[h], ring[g], ring[groups + g], clock, bias, present, scores, out[h])
 
 
-@kernel
+@part
 def _fits(batch: int, ring: Array, clock: Array, rows: Array, due: Array, here: Array, present: Array) -> bool:
     """Whether each row of a batch has a slot of its own: compiled code reads what it is pointed at."""
     streams = ring.shape[0]
@@ -283,7 +293,7 @@ def attention_step(
     return True
 
 
-@kernel
+@part
 def rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
     """Rotary positions of the first `heads` vectors of qkv [.., D] at `clock`, in place; no frequencies: none."""
     half = frequencies.shape[0]
@@ -298,7 +308,7 @@ def rotate(qkv: Array, heads: int, clock: int, frequencies: Array) -> None:
             qkv[h, half + i] = first * sin + second * cos
 
 
-@kernel
+@part
 def feed_forward(
     x: Array,
     attended: Array,
@@ -339,7 +349,7 @@ def feed_forward(
         layer_norm(y, norm2, norm2_bias, eps, y)
 
 
-@kernel
+@part
 def layer_at(table: Array) -> Any:
     """The weights, biases and other arrays of an encoder layer, where `table` says that they lie: see `LayerTable`."""
     heads, groups, head_width, memory, hidden = table[0], table[1], table[2], table[3], table[4]

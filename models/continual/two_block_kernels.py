@@ -20,6 +20,7 @@ from stepstream.models.continual.kernels import (
     layer_at,
     layer_norm,
     linear,
+    part,
     rotate,
     softmax,
 )
@@ -125,7 +126,7 @@ def merge_blocks(
     return True
 
 
-@kernel
+@part
 def _take(
     tokens: Array, own: Array, in_weight: Array, in_bias: Array, heads: int, groups: int, attended: Array
 ) -> None:

@@ -6,36 +6,24 @@ score is the same to the bit whatever is scored beside it.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from stepstream.models.compiled import fast_kernel, fast_part
 from stepstream.models.dyngraph.nat_kernels import AGES_NS, RANKS, SINCE, find, times
 
 __all__ = ["score_pairs"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _EMPTY = -1
 
 
-def _quick(function: Function) -> Function:
-    """Sums may be reordered (so that they vectorise), but infinities and zeros keep their meaning."""
-    compiled: Any = numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})(function)
-    with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled again in the next process
-        compiled.enable_caching()
-    result: Function = compiled
-    return result
-
-
-@_quick
+@fast_part
 def _through(x: Floats, rows: int, weight: Floats, first: int, out: Floats) -> None:
     """Adds x weight, with its rows from `first` on, to `out`; half of what comes in is zero."""
     for e in range(rows):
@@ -46,7 +34,7 @@ def _through(x: Floats, rows: int, weight: Floats, first: int, out: Floats) -> N
                     out[e, j] += factor * weight[first + i, j]
 
 
-@_quick
+@fast_part
 def _second_layer(before: Floats, rows: int, weights: Any, hidden: Floats, logits: Floats) -> None:
     """The joint features and the logits of attention, from what comes out of the first layer."""
     weight, bias, attend, offset = weights
@@ -65,7 +53,7 @@ def _second_layer(before: Floats, rows: int, weights: Any, hidden: Floats, logit
         logits[e] = logit
 
 
-@_quick
+@fast_part
 def _entry(
     ns: Ints, met: Floats, edge: Floats, node: int, place: int, time_ns: int, rates: Floats, scale: float, x: Floats,
     e: int, first: int,
@@ -82,7 +70,7 @@ def _entry(
     x[e, first + 2 + width + rates.shape[0]] = math.log1p(met[node, place])
 
 
-@_quick
+@fast_part
 def _side(
     state: Any, node: int, same: bool, at: Any, time_ns: int, rates: Floats, scale: float, x: Floats, e: int
 ) -> None:
@@ -99,7 +87,7 @@ def _side(
         _entry(state[9], state[10], state[11], node, at[1], time_ns, rates, scale, x, e, 2 + size)
 
 
-@_quick
+@fast_part
 def _pool(hidden: Floats, logits: Floats, left_out: Ints, rows: int, most: float, x: Floats, total: Floats) -> Any:
     """Adds nodes to a softmax that is not yet divided, and to a plain sum, side by side in `x`; returns the largest
     logit so far.
@@ -123,7 +111,7 @@ def _pool(hidden: Floats, logits: Floats, left_out: Ints, rows: int, most: float
     return most
 
 
-@_quick
+@fast_part
 def _listed(ids: Ints, first: Ints, second: Ints, owner: int, entry: int) -> Any:
     """A node's own id, then those in its caches."""
     if entry == 0:
@@ -133,7 +121,7 @@ def _listed(ids: Ints, first: Ints, second: Ints, owner: int, entry: int) -> Any
     return second[owner, entry - 1 - first.shape[1]]
 
 
-@_quick
+@fast_part
 def _known(state: Any, owner: int, time_ns: int, rates: Floats, scale: float, seed: int, nodes: Ints, x: Floats) -> Any:
     """All that a node knows, each once: their ids, and what it knows of each, in the rows of `x`; returns how many."""
     ids, first, second = state[0], state[4], state[8]
@@ -151,7 +139,7 @@ def _known(state: Any, owner: int, time_ns: int, rates: Floats, scale: float, se
     return count
 
 
-@_quick
+@fast_part
 def _of_target(
     state: Any, pair: Any, time_ns: int, rates: Floats, scale: float, seed: int, known: Any, shared: Ints, x: Floats
 ) -> Any:
@@ -186,7 +174,7 @@ def _of_target(
     return rows, both
 
 
-@_quick
+@fast_part
 def _ends(
     state: Any, pair: Any, time_ns: int, rates: Floats, scale: float, many: float, seed: int, x: Floats, at: int
 ) -> None:
@@ -211,7 +199,7 @@ def _ends(
             x[0, begin + size] = np.float32(1) / np.float32(1 + events[node] - state[12][node, place])
 
 
-@_quick
+@fast_part
 def _class(value: int, bounds: Ints) -> Any:
     """How many of `bounds` are at most `value`."""
     found = 0
@@ -221,7 +209,7 @@ def _class(value: int, bounds: Ints) -> Any:
     return found
 
 
-@_quick
+@fast_part
 def _met(state: Any, pair: Any, time_ns: int, classes: Any, seed: int, out: Floats) -> None:
     """As `NAT._met`: adds what the classes say of when the two ends last met, for each end that knows it."""
     since, ranks, ages = classes
@@ -241,7 +229,7 @@ def _met(state: Any, pair: Any, time_ns: int, classes: Any, seed: int, out: Floa
                 out[0, j] += since[a, j] + ranks[b, j] + ages[c, j]
 
 
-@_quick
+@fast_kernel
 def score_pairs(
     state: Any, weights: Any, source: Ints, target: Ints, time_ns: Ints, scale: float, many: float, seed: int
 ) -> Floats:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.compiled import fast_kernel
+from stepstream.models.compiled import fast_kernel, fast_part
 
 __all__ = ["Mixture", "correct_row", "correct_rows", "find_kinds", "learn_row", "learn_rows"]
 
@@ -18,7 +18,7 @@ Mixture: TypeAlias = tuple[Floats, Floats, Floats]
 """Counts [n, kinds], sums of changes and of their squares [n, kinds, width]."""
 
 
-@fast_kernel
+@fast_part
 def learn_row(
     mixture: Mixture, node: int, kind: int, before: Floats, old: int, after: Floats, new: int, gap: float
 ) -> None:
@@ -32,7 +32,7 @@ def learn_row(
         square[node, kind, i] += change * change
 
 
-@fast_kernel
+@fast_part
 def correct_row(
     mixture: Mixture,
     node: int,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.compiled import fast_kernel
+from stepstream.models.compiled import fast_kernel, fast_part
 from stepstream.models.dyngraph.pres_kernels import correct_row, learn_row
 
 __all__ = ["pool_rings", "score_few", "take_one"]
@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-@fast_kernel
+@fast_part
 def _affine(weight: Floats, x: Floats, out: Floats) -> None:
     """Adds weight x to `out`."""
     for j in range(weight.shape[0]):
@@ -31,7 +31,7 @@ def _affine(weight: Floats, x: Floats, out: Floats) -> None:
         out[j] += total
 
 
-@fast_kernel
+@fast_part
 def _through(x: Floats, weight: Floats, out: Floats) -> None:
     """Adds x^T weight to `out`."""
     for i in range(weight.shape[0]):
@@ -40,12 +40,12 @@ def _through(x: Floats, weight: Floats, out: Floats) -> None:
             out[j] += factor * weight[i, j]
 
 
-@fast_kernel
+@fast_part
 def _seconds(later: int, earlier: int) -> Any:
     return np.float32(max(later - earlier, 0)) * np.float32(1e-9)
 
 
-@fast_kernel
+@fast_part
 def _encode_into(gap: float, frequency: Floats, phase: Floats, out: Floats, row: int, first: int) -> None:
     """As `TimeEncoder`, into a row from column `first` on: the cosine is its Taylor series to the 16th power of an
     angle in -pi .. pi, off by 1e-6.
@@ -67,13 +67,13 @@ def _encode_into(gap: float, frequency: Floats, phase: Floats, out: Floats, row:
         out[row, first + i] = one - x * np.float32(1 / 2) * y
 
 
-@fast_kernel
+@fast_part
 def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
     """The same into a vector of its own."""
     _encode_into(gap, frequency, phase, out.reshape(1, len(out)), 0, 0)
 
 
-@fast_kernel
+@fast_part
 def _gru(x: Floats, h: Floats, cell: tuple[Floats, Floats, Floats, Floats]) -> Floats:
     """A step of `nn.GRUCell`, gates in its order: reset, update, new."""
     d = len(h)
@@ -164,7 +164,7 @@ def take_one(
         current[node] = after
 
 
-@fast_kernel
+@fast_part
 def _pool(
     node: int,
     now: int,
@@ -243,7 +243,7 @@ def pool_rings(
     return pooled
 
 
-@fast_kernel
+@fast_part
 def _embed(
     node: int,
     now: int,

@@ -213,6 +213,29 @@ def test_streams_go_on_in_another_process_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(found[name].nan_to_num(1e9), outputs.nan_to_num(1e9)), name
 
 
+FRESH = """
+import sys, torch
+sys.path[:0] = sys.argv[1:3]
+from every_layer import build, steps, window_of
+torch.set_num_threads(1)
+for name in ("EncoderLayer", "TwoBlockEncoder"):
+    model = build(name)
+    print(steps(model, window_of(name, 2, 24), model.initial_state(2)).numpy().tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_gives_the_bits_of_one_that_finds_it_done(tmp_path: Path) -> None:
+    """Or what goes on after a first start, and a kill, is not what would have been."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH, str(Path(__file__).parent), str(ROOT)]
+    compiled, found = (
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True).stdout for _ in range(2)
+    )
+    assert any(tmp_path.rglob("*.nbc"))
+    assert found == compiled and len(found) > 1000
+
+
 @pytest.fixture
 def restless_threads() -> Iterator[None]:
     """Python changes threads 500 times as often as usual."""
