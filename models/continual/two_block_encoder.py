@@ -39,12 +39,17 @@ class TwoBlockEncoder(Layer):
     exponentials of the key that leaves: that loses all digits once logits differ by some twenty, so it is not done.
 
     Parameters are named as torch.nn.TransformerEncoder's. Options are those of `EncoderLayer`, without positions other
-    than rotary, which commute with a sliding window, and without absent steps. Dropout only in training.
+    than rotary, which commute with a sliding window, without absent steps, and with a cache in the parameters' dtype
+    alone. Dropout only in training.
     """
 
     def __init__(self, width: int, heads: int, memory: int, *, final_norm: bool = False, **options: Any) -> None:
         super().__init__()
-        for name, refused in (("positions", options.get("positions") == "relative"), ("absent", options.get("absent"))):
+        for name, refused in (
+            ("positions", options.get("positions") == "relative"),
+            ("absent", options.get("absent")),
+            ("cache", options.get("cache", "parameters") != "parameters"),
+        ):
             if refused:
                 raise NotSteppable(f"{name}={options[name]!r}: the two-block encoder steps without it")
         self.layers = nn.ModuleList(EncoderLayer(width, heads, memory, **options) for _ in range(2))

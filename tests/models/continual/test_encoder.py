@@ -124,6 +124,8 @@ def test_two_blocks_say_what_they_cannot_do() -> None:
         TwoBlockEncoder(16, 2, 4, positions="relative")
     with pytest.raises(NotSteppable, match="absent=True"):
         TwoBlockEncoder(16, 2, 4, absent=True)
+    with pytest.raises(NotSteppable, match="cache='int8'"):
+        TwoBlockEncoder(8, 2, 4, cache="int8")
     with pytest.raises(ValueError, match="layers is 0"):
         Encoder(0, 16, 2, 4)
 
