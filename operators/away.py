@@ -24,6 +24,9 @@ _RETRY_S = 10.0
 _HALF = 1 << 31
 _PLACES = 1 << 32
 _READ_AHEAD = 4096
+_PEEKED_BYTES = 32 << 20
+"""Of records that were read and stay away: learning draws the same few nodes again and again, and a round trip to an
+object store for each took longer than all else (300 interactions through Kafka were not done after 30 s)."""
 
 
 class Lost(Exception):
@@ -46,6 +49,8 @@ class Away:
         self._index = Recency()
         self._table = self._index.initial_state(1)
         self._ahead: dict[int, bytes] = {}
+        self._peeks: dict[int, bytes] = {}
+        self._peeks_size = 0
         self._waiting: list[int] = []
         self._retry_at = -1.0
         self._alarm_at = -1.0
@@ -138,7 +143,8 @@ class Away:
     def peek(self, keys: Sequence[int]) -> list[bytes | None]:
         """Records of nodes that stay away, by `key`; None for one that is not. Raises SegmentError."""
         places = [at if self._is_live(at) else None for at in (self._look(keys) if keys else ())]
-        found = {at: self._ahead[at] for at in places if at is not None and at in self._ahead}
+        known = ((at, self._ahead.get(at) or self._peeks.get(at)) for at in dict.fromkeys(places) if at is not None)
+        found = {at: data for at, data in known if data is not None}
         found |= self._read_some([at for at in dict.fromkeys(places) if at is not None and at not in found])
         return [None if at is None else self._peeked(at, found.get(at)) for at in places]
 
@@ -150,7 +156,17 @@ class Away:
                 data = self._read(self._segments[at // _PLACES], at % _PLACES, "a node is scored that is away")
             except Lost:
                 return None
+        if self._segments[at // _PLACES].data is None:
+            self._keep(at, data)
         return data[2 + int.from_bytes(data[:2], "little") :]
+
+    def _keep(self, at: int, data: bytes) -> None:
+        """A record never changes and a place has one for good, so what is kept here is as good as what is stored."""
+        self._peeks_size -= len(self._peeks.pop(at, b""))
+        self._peeks[at] = data
+        self._peeks_size += len(data)
+        while self._peeks_size > _PEEKED_BYTES:
+            self._peeks_size -= len(self._peeks.pop(next(iter(self._peeks))))
 
     def _read(self, segment: Segment, place: int, who: str) -> bytes:
         begin, end = segment.span(place)

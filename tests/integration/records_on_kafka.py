@@ -65,7 +65,7 @@ def messages(broker: Cluster, topic: str, count: int) -> list[Any]:
     consumer.assign(places)
     consumer.seek_to_beginning()
     found: list[Any] = []
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while len(found) < count and time.monotonic() < deadline:
         found += [message for polled in consumer.poll(timeout_ms=200).values() for message in polled]
     consumer.close(autocommit=False)

@@ -73,14 +73,16 @@ def worker(pipeline: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("learn", [None, {"learning_rate": 1e-2, "every": 2, "guard": 4, "margin": 0.0}])
 def test_nodes_in_s3_come_back_after_a_kill(
-    broker: Cluster, new_topic: NewTopic, bucket: tuple[Any, str], tmp_path: Path
+    learn: dict[str, Any] | None, broker: Cluster, new_topic: NewTopic, bucket: tuple[Any, str], tmp_path: Path
 ) -> None:
     files, name = bucket
     save_models(tmp_path)
     into, out = new_topic(), f"out-{uuid.uuid4().hex[:8]}"
     servers = broker.servers()
-    given = {"model": "nat", "weights": str(tmp_path / "nat"), "max_nodes": 9, "evict": {"store": f"s3://{name}/away"}}
+    evict = {"store": f"s3://{name}/away"}
+    given = {"model": "nat", "weights": str(tmp_path / "nat"), "max_nodes": 10, "evict": evict, "learn": learn}
     engine = {"snapshots": f"s3://{name}/snapshots", "snapshot_every_s": 1, "session_timeout_ms": 3000, "max_batch": 16}
     pipeline = Pipeline.from_dict(
         {
@@ -115,5 +117,7 @@ def test_nodes_in_s3_come_back_after_a_kill(
         offset = int(headers["origin"].rpartition("/")[2])
         value = decode(headers["content-type"], message.value)
         found.append(Record(message.key.decode(), 0, value, Origin("in", 0, offset), (0,)))
-    wanted = links("nat", tmp_path).process(events, RecordingContext())
-    assert told(sorted(found, key=lambda record: record.origin.offset)) == told(wanted)
+    wanted = links("nat", tmp_path, learn=learn).process(events, RecordingContext())
+    found.sort(key=lambda record: record.origin.offset)
+    assert told(found) == told(wanted)
+    assert [record.value.weights for record in found] == [record.value.weights for record in wanted]
