@@ -6,11 +6,9 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from equality import assert_close
 from every_layer import LAYERS, build, each, emitted, every_layer, leaves, steps, window_of
@@ -28,15 +26,6 @@ PAGE = Path(__file__).parents[3] / "docs/continual.md"
 TIME = 14
 """Steps of a stream that comes and goes."""
 EXACT = [name for name, case in LAYERS.items() if case.exact]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums so small take longer on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def public_layers() -> dict[str, type[Layer]]:

@@ -63,15 +63,6 @@ class Advance(nn.Module):
         return y, emits
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Sums so small take longer on more, and a product's last bit depends on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
