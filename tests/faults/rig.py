@@ -142,9 +142,16 @@ class Worker:
     @property
     def has_partitions(self) -> bool:
         """Whether it has been given partitions since it was started."""
+        return "partitions assigned=[" in self._logged().replace("assigned=[]", "")
+
+    def has_logged(self, text: str) -> bool:
+        """Whether it has logged this since it was started."""
+        return text in self._logged()
+
+    def _logged(self) -> str:
         with self.log.open("rb") as log:
             log.seek(self.began_at)
-            return b"partitions assigned=[" in log.read().replace(b"assigned=[]", b"")
+            return log.read().decode(errors="replace")
 
     def start(self) -> None:
         """Starts it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 READY_S, WAIT_S = 60.0, 45.0
+NO_SNAPSHOT = "a snapshot could not be written"
 
 
 @dataclass
@@ -65,10 +67,15 @@ class Scenario:
 
     def until_output(self, rig: Rig, verifier: Verifier, more: int = 1, timeout_s: float = READY_S) -> float:
         """Waits for so many more outputs; the seconds it took. Raises TimeoutError with a worker's log."""
-        began, goal = time.monotonic(), len(verifier.outputs) + more
-        while len(verifier.outputs) < goal:
+        goal = len(verifier.outputs) + more
+        return self.until(rig, lambda: len(verifier.outputs) >= goal, "output", timeout_s)
+
+    def until(self, rig: Rig, come: Callable[[], bool], what: str, timeout_s: float = READY_S) -> float:
+        """Waits for something; the seconds it took. Raises TimeoutError with a worker's log."""
+        began = time.monotonic()
+        while not come():
             if time.monotonic() - began > timeout_s:
-                raise TimeoutError(f"no output in {timeout_s} s: {rig.workers[0].log.read_text()[-2000:]}")
+                raise TimeoutError(f"no {what} in {timeout_s} s: {rig.workers[0].log.read_text()[-2000:]}")
             rig.supervise()
             time.sleep(0.05)
         return time.monotonic() - began
@@ -170,8 +177,9 @@ def snapshots_gone(s: Scenario) -> Verdict:
     s.until_output(rig, verifier, 100)
     store = rig.folder / "snapshots"
     for _ in range(s.times):
-        shutil.rmtree(store, ignore_errors=True)
-        store.write_text("in the way of a folder")
+        _put_away(store)
+        # Outputs alone would not show it: a worker that is behind may hand out 100 between two of its snapshots.
+        s.until(rig, lambda: rig.workers[0].has_logged(NO_SNAPSHOT), "alarm")
         s.until_output(rig, verifier, 100)
         rig.workers[0].kill()
         s.until_output(rig, verifier, 20)
@@ -179,9 +187,17 @@ def snapshots_gone(s: Scenario) -> Verdict:
         s.until_output(rig, verifier, 100)
     log = rig.workers[0].log.read_text()
     verdict = s.finish(rig, publisher, verifier)
-    verdict.counts["alarms"] = log.count("a snapshot could not be written")
+    verdict.counts["alarms"] = log.count(NO_SNAPSHOT)
     verdict.counts["snapshots after"] = len(list(store.rglob("*.safetensors")))
     return verdict
+
+
+def _put_away(store: Path) -> None:
+    """The folder is gone and a file is where it was, however busily a worker makes it anew."""
+    while not store.is_file():
+        shutil.rmtree(store, ignore_errors=True)
+        with contextlib.suppress(IsADirectoryError):
+            store.write_text("in the way of a folder")
 
 
 def graceful_stops(s: Scenario) -> Verdict:
