@@ -7,18 +7,20 @@ Compiled by numba at the first call, which takes seconds; the result is kept on 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stepstream.models.compiled import fast_kernel, fast_part
 from stepstream.models.dyngraph.pres_kernels import correct_row, learn_row
+from stepstream.models.dyngraph.vector_math import cosine_into, exp_of, log1p_of
 
 __all__ = ["pool_rings", "score_few", "take_one"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Room: TypeAlias = tuple[Floats, Floats, NDArray[np.int32], NDArray[np.float64], Ints]
 
 
 @fast_part
@@ -46,31 +48,9 @@ def _seconds(later: int, earlier: int) -> Any:
 
 
 @fast_part
-def _encode_into(gap: float, frequency: Floats, phase: Floats, out: Floats, row: int, first: int) -> None:
-    """As `TimeEncoder`, into a row from column `first` on: the cosine is its Taylor series to the 16th power of an
-    angle in -pi .. pi, off by 1e-6.
-
-    The C library takes one angle at a time, 6 ns each; this vectorises, 2 ns each.
-    """
-    scale, one = np.float32(math.log1p(gap)), np.float32(1)
-    for i in range(len(frequency)):
-        turns = (phase[i] + scale * frequency[i]) * np.float32(1 / (2 * math.pi))
-        angle = (turns - np.floor(turns + np.float32(0.5))) * np.float32(2 * math.pi)
-        x = angle * angle
-        y = one - x * np.float32(1 / 240)
-        y = one - x * np.float32(1 / 182) * y
-        y = one - x * np.float32(1 / 132) * y
-        y = one - x * np.float32(1 / 90) * y
-        y = one - x * np.float32(1 / 56) * y
-        y = one - x * np.float32(1 / 30) * y
-        y = one - x * np.float32(1 / 12) * y
-        out[row, first + i] = one - x * np.float32(1 / 2) * y
-
-
-@fast_part
 def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
-    """The same into a vector of its own."""
-    _encode_into(gap, frequency, phase, out.reshape(1, len(out)), 0, 0)
+    """As `TimeEncoder`, of one duration in seconds."""
+    cosine_into(np.float32(math.log1p(gap)), frequency, phase, out.reshape(1, len(out)), 0, 0)
 
 
 @fast_part
@@ -165,6 +145,14 @@ def take_one(
 
 
 @fast_part
+def _room(slots: int, entry: int) -> Any:
+    """Room for a ring's entries, for its scores, for its ages, and the last two as integers; for a multiple of four."""
+    slots = (slots + 3) // 4 * 4
+    scores, ages = np.empty(slots, np.float32), np.empty(slots, np.float64)
+    return np.zeros((slots, entry), np.float32), scores, scores.view(np.int32), ages, ages.view(np.int64)
+
+
+@fast_part
 def _pool(
     node: int,
     now: int,
@@ -175,24 +163,27 @@ def _pool(
     query: int,
     scale: float,
     time: tuple[Floats, Floats],
-    entries: Floats,
-    scores: Floats,
+    room: Room,
     pooled: Floats,
     row: int,
 ) -> None:
     """Adds to row `row` of `pooled` [n, heads, entry] the entries of a ring, weighed by a query: row `query` of
     `absorbed` begins with [heads, entry].
 
-    `there`: slots filled, at least 1; `entries` [K, entry] and `scores` [K]: room for them. Without slices of arrays,
+    `there`: slots filled, at least 1; `room`: for entries, scores and ages, see `_room`. Without slices of arrays,
     which are counted up and down one by one and cost as much as the arithmetic.
     """
+    entries, scores, score_bits, ages, age_bits = room
     width, code, entry = current.shape[1], len(time[0]), entries.shape[1]
     ids, times, features = rings
+    for k in range(there):
+        ages[k] = max(now - times[node, k], 0) * 1e-9
+    log1p_of(ages, age_bits, there)
     for k in range(there):
         near = ids[node, k]
         for i in range(width):
             entries[k, i] = current[near, i]
-        _encode_into(_seconds(now, times[node, k]), time[0], time[1], entries, k, width)
+        cosine_into(np.float32(ages[k]), time[0], time[1], entries, k, width)
         for i in range(entry - width - code):
             entries[k, width + code + i] = features[node, k, i]
     for h in range(pooled.shape[1]):
@@ -204,12 +195,22 @@ def _pool(
             scores[k] = met * np.float32(scale)
             top = max(top, scores[k])
         for k in range(there):
-            scores[k] = math.exp(scores[k] - top)
+            scores[k] -= top
+        exp_of(scores, score_bits, there)
+        for k in range(there):
             total += scores[k]
         for k in range(there):
-            weight = scores[k] / total
+            scores[k] /= total
+        for k in range(there, len(scores)):
+            scores[k] = 0
+        # Four at a time, as each pass reads and writes the sums; past the last it is that again, nought times.
+        for k in range(0, there, 4):
+            second, third, fourth = min(k + 1, there - 1), min(k + 2, there - 1), min(k + 3, there - 1)
+            a, b, c, d = scores[k], scores[k + 1], scores[k + 2], scores[k + 3]
             for i in range(entry):
-                pooled[row, h, i] += weight * entries[k, i]
+                pooled[row, h, i] += (a * entries[k, i] + b * entries[second, i]) + (
+                    c * entries[third, i] + d * entries[fourth, i]
+                )
 
 
 @fast_kernel
@@ -232,13 +233,12 @@ def pool_rings(
     """
     slots = rings[0].shape[1]
     pooled = np.zeros((len(node), heads, entry), np.float32)
-    entries, scores = np.empty((slots, entry), np.float32), np.empty(slots, np.float32)
+    room = _room(slots, entry)
     for row in range(len(node)):
         there = min(count[node[row]], slots)
         if there > 0:
             _pool(
-                node[row], time_ns[row], there, current, rings, absorbed, query[row], scale, time, entries, scores,
-                pooled, row,
+                node[row], time_ns[row], there, current, rings, absorbed, query[row], scale, time, room, pooled, row,
             )  # fmt: skip
     return pooled
 
@@ -265,13 +265,12 @@ def _embed(
         query[:width] = current[node]
         _encode(_seconds(0, 0), time[0], time[1], query[width:])
         _affine(project, query, asked)
-        absorbed, entries = np.zeros((heads, entry), np.float32), np.empty((there, entry), np.float32)
+        absorbed = np.zeros((heads, entry), np.float32)
         for h in range(heads):
             _through(asked[h * channels : (h + 1) * channels], keys[h], absorbed[h])
-        scores, side_by_side = np.empty(there, np.float32), absorbed.reshape(1, heads * entry)
-        where = means.reshape(1, heads, entry)
+        side_by_side, where = absorbed.reshape(1, heads * entry), means.reshape(1, heads, entry)
         _pool(
-            node, now, there, current, rings, side_by_side, 0, channels**-0.5, time, entries, scores, where, 0
+            node, now, there, current, rings, side_by_side, 0, channels**-0.5, time, _room(there, entry), where, 0
         )  # fmt: skip
         for h in range(heads):
             _through(means[h], values[h], pooled[h * channels : (h + 1) * channels])
