@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepstream.models.dyngraph import tgn_batch
 from stepstream.models.dyngraph.attention import OneQueryAttention
 from stepstream.models.dyngraph.base import GraphState
-from stepstream.models.dyngraph.events import read_ring, seconds
+from stepstream.models.dyngraph.events import Ends, read_ring, remember, seconds
 from stepstream.models.dyngraph.memory import CHUNK, MemoryConfig, Reading
 from stepstream.models.dyngraph.messages import MessageModel
-from stepstream.models.dyngraph.tgn_folded import Folded, Gates, fold, fold_gates, gated
+from stepstream.models.dyngraph.tgn_folded import Folded, Gates, fold, fold_gates, gated, mix
 from stepstream.models.dyngraph.tgn_kernels import pool_rings, score_few, take_one
 
 __all__ = ["TGN"]
@@ -171,6 +172,30 @@ class TGN(MessageModel):
             time,
             1.0 if smooth is None else float(smooth.gamma.detach()),
         )
+
+    def _take(self, state: GraphState, ends: Ends) -> None:
+        if not self._compiles(state):
+            super()._take(state, ends)
+            return
+        node, other = ends.last(ends.node), ends.last(ends.other)
+        columns = node, other, ends.last(ends.time_ns), ends.last(ends.source)
+        wide = ends.source.new_empty(len(node), 0) if ends.features is None else ends.last(ends.features)
+        held = _arrays(state["clock"], state["count"], state["current"])
+        message, lag = tgn_batch.messages(_arrays(*columns, wide), held, self._weights()[3])
+        given = torch.from_numpy(message)
+        memory = given[:, : self.config.width]
+        if self.smoother is not None:
+            self._learn(state, node, memory)
+            state["kind"].index_copy_(0, node, self._kind(state, node, other))
+        tgn_batch.move(node.numpy(), message, lag, *_arrays(state["memory"], state["far"], state["lag"]))
+        remember(state, ends)
+        gates = self._gates()
+        mixed, candidate = mix(gates, given, memory)
+        after = torch.from_numpy(tgn_batch.gated(mixed.numpy(), candidate.numpy(), message))
+        if self.smoother is not None:
+            gap = seconds(torch.from_numpy(lag))
+            after = self.smoother.correct(state["pres"], node, memory, after, gap, state["kind"].index_select(0, node))
+        state["current"].index_copy_(0, node, after)
 
     def _compiles(self, state: GraphState) -> bool:
         """Whether state and weights are where compiled code can reach them."""

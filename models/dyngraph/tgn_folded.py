@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stepstream.models.dyngraph.attention import LinkDecoder, OneQueryAttention
 
-__all__ = ["Folded", "Gates", "fold", "fold_gates", "gated"]
+__all__ = ["Folded", "Gates", "fold", "fold_gates", "gated", "mix"]
 
 
 class Folded(NamedTuple):
@@ -86,11 +86,15 @@ def fold_gates(cell: nn.GRUCell) -> Gates:
     return Gates(both.t().contiguous(), bias, own, cell.bias_hh[2 * width :].clone())
 
 
+def mix(gates: Gates, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of a step: with x [n, in] and with `hidden` [n, width], which x begins with."""
+    return torch.addmm(gates.both_bias, x, gates.both), torch.addmm(gates.own_bias, hidden, gates.own)
+
+
 def gated(gates: Gates, x: Tensor, hidden: Tensor) -> Tensor:
     """What the cell gives, to rounding, for x [n, in] that begins with `hidden` [n, width] (torch.nn.GRUCell)."""
     width = hidden.shape[1]
-    mixed = torch.addmm(gates.both_bias, x, gates.both)
-    candidate = torch.addmm(gates.own_bias, hidden, gates.own)
+    mixed, candidate = mix(gates, x, hidden)
     reset, update = mixed[:, : 2 * width].sigmoid_().split(width, 1)
     new = candidate.mul_(reset).add_(mixed[:, 2 * width :]).tanh_()
     return torch.lerp(new, hidden, update)

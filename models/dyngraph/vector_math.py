@@ -41,10 +41,12 @@ def log1p_of(values: NDArray[np.float64], bits: NDArray[np.int64], count: int) -
 def exp_of(values: Floats, bits: NDArray[np.int32], count: int) -> None:
     """e^x of the first `count` values, 0 or less, in place, to 6e-7 of it; `bits` is the same memory as integers.
 
-    Below -87 it is that of -87, 1.6e-38: beside the largest of a softmax, 1, both are nothing.
+    Below -87 it is that of -87, 1.6e-38: beside the largest of a softmax, 1, both are nothing. What is no number stays
+    none.
     """
     for i in range(count):
-        x = max(values[i], np.float32(-87))
+        # Not by max, which may take a bound for the larger of it and no number.
+        x = np.float32(-87) if values[i] < np.float32(-87) else values[i]  # noqa: FURB136
         whole = np.floor(x * np.float32(1 / math.log(2.0)) + np.float32(0.5))
         r = x - whole * np.float32(0.693359375) - whole * np.float32(-2.12194440e-4)
         y = np.float32(0.04191753) + r * np.float32(0.00837513)

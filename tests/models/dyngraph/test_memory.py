@@ -268,6 +268,22 @@ def test_compiled_form_is_the_torch_form(name: str, features: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["tgn", "pres-tgn"])
+@pytest.mark.parametrize("features", [0, 3])
+@pytest.mark.parametrize("batch", [2, 7, 90])
+def test_a_batch_is_taken_in_as_in_torch(name: str, features: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stream = a_model(name, features, noise=1.0), a_stream(180, features=features)
+    compiled = run(model, model.initial_state(30), stream, batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "_compiles", lambda *_: False)
+        plain = run(model, model.initial_state(30), stream, batch)
+    exact = {leaf for leaf, tensor in leaves(plain).items() if not tensor.is_floating_point()}
+    assert not exact & set(differences(compiled, plain))
+    assert float(plain["current"].abs().max()) > 0.5
+    for leaf, tensor in leaves(plain).items():
+        torch.testing.assert_close(leaves(compiled)[leaf], tensor, rtol=1e-4, atol=1e-4, msg=leaf)
+
+
+@pytest.mark.parametrize("name", ["tgn", "pres-tgn"])
 def test_one_interaction_changes_the_rows_of_its_nodes_only(name: str) -> None:
     model, stream = a_model(name), a_stream(100)
     state = run(model, model.initial_state(30), stream, 1)

@@ -58,6 +58,13 @@ def test_an_exponential_of_next_to_nothing_is_next_to_nothing(power: float) -> N
     assert ((values >= 0) & (values < 2e-38)).all()
 
 
+def test_what_is_no_number_stays_none() -> None:
+    values = np.array([-1, np.nan] * 20, np.float32)
+    exponentials(values, 40)
+    assert np.isnan(values[1::2]).all()
+    assert not np.isnan(values[::2]).any()
+
+
 @COMPILES
 @given(
     st.floats(0, 25, width=32),
