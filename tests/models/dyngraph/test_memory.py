@@ -271,7 +271,7 @@ def test_compiled_form_is_the_torch_form(name: str, features: int, monkeypatch: 
 @pytest.mark.parametrize("features", [0, 3])
 @pytest.mark.parametrize("batch", [2, 7, 90])
 def test_a_batch_is_taken_in_as_in_torch(name: str, features: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, stream = a_model(name, features, noise=1.0), a_stream(180, features=features)
+    model, stream = a_model(name, features), a_stream(180, features=features)
     compiled = run(model, model.initial_state(30), stream, batch)
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "_compiles", lambda *_: False)
