@@ -16,19 +16,16 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from stepstream.models.continual.addresses import bytes_at, doubles_at, fetch, floats_at, integers_at
+
 __all__ = [
     "attention_step",
-    "bytes_at",
     "encoder_step",
     "feed_forward",
     "finish_step",
-    "floats_at",
-    "integers_at",
     "kernel",
     "layer_at",
     "layer_norm",
@@ -39,6 +36,15 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+
+LINE = 64
+"""Bytes of a cache line of today's processors: asking for one twice, or for every second, would not be wrong."""
+
+NEAR, SHORT = 1 << 20, 1 << 14
+"""Bytes of rings beyond which they lie in memory rather than in the cache, and of one head's keys up to which asking
+ahead pays: the processor follows a long run by itself, but starts anew at every page of 4 KiB. A thousand streams of
+width 64 and 64 steps: 1.9 us each, where it was 3.4.
+"""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Sums may be taken in any order, which vector units need; infinities and NaN keep their meaning.
@@ -61,24 +67,6 @@ def _compiled(function: Function, forceinline: bool = False) -> Function:
     with contextlib.suppress(RuntimeError):
         compiled.enable_caching()
     return compiled
-
-
-def _pointer_to(kind: Any) -> Any:
-    """What makes a pointer to numbers of that kind of an address."""
-    to: Any = types.CPointer
-
-    @intrinsic
-    def pointer(_: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return to(kind)(types.intp), generate
-
-    return pointer
-
-
-floats_at, doubles_at = _pointer_to(types.float32), _pointer_to(types.float64)
-integers_at, bytes_at = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
 @part
@@ -162,17 +150,31 @@ def softmax(scores: Array, count: int) -> Any:
 
 @part
 def _attend(
-    q: Array, keys: Array, values: Array, clock: int, age_bias: Array, present: Array, scores: Array, out: Array
+    q: Array,
+    keys: Array,
+    values: Array,
+    clock: int,
+    age_bias: Array,
+    present: Array,
+    scores: Array,
+    out: Array,
+    next_keys: int,
+    next_values: int,
 ) -> None:
     """One head of one stream: q [D] over a ring keys, values [T, D] whose newest step is number `clock`; out [D].
 
-    `age_bias` [T] or empty; `present` bool [T] or empty.
+    `age_bias` [T] or empty; `present` bool [T] or empty. `next_keys`, `next_values`: the addresses of those that come
+    next, which are asked for while these are read, or 0.
     """
     memory, width = keys.shape
+    row = 4 * width
+    ahead = 4 * row if next_keys else 0
     count = min(clock + 1, memory)
     scale = np.float32(1) / np.sqrt(np.float32(width))
     whole = count - count % 4
     for t in range(0, whole, 4):  # four keys at a time: the query is read once for them
+        for line in range(0, ahead, LINE):
+            fetch(next_keys + t * row + line)
         s0 = np.float32(0)
         s1 = np.float32(0)
         s2 = np.float32(0)
@@ -203,6 +205,8 @@ def _attend(
     for d in range(width):
         out[d] = np.float32(0)
     for t in range(0, whole, 4):
+        for line in range(0, ahead, LINE):
+            fetch(next_values + t * row + line)
         p0 = scores[t]
         p1 = scores[t + 1]
         p2 = scores[t + 2]
@@ -226,18 +230,27 @@ def _stream_step(
     present: Array,
     scores: Array,
     out: Array,
+    next_ring: int,
 ) -> None:
-    """One stream: writes its key and value into ring [2 K, T, D] and attends; qkv [H + 2 K, D], out [H, D]."""
+    """One stream: writes its key and value into ring [2 K, T, D] and attends; qkv [H + 2 K, D], out [H, D].
+
+    `next_ring`: the address of the next stream's ring, which is asked for while this one is read, or 0.
+    """
     heads = out.shape[0]
     groups = ring.shape[0] // 2
     slot = clock % ring.shape[1]
+    size = 4 * ring.shape[1] * ring.shape[2]
     for g in range(2 * groups):
         for d in range(ring.shape[2]):
             ring[g, slot, d] = qkv[heads + g, d]
     for h in range(heads):
         g = h * groups // heads
         bias = age_bias[h] if age_bias.shape[0] else scores[0:0]
-        _attend(qkv[h], ring[g], ring[groups + g], clock, bias, present, scores, out[h])
+        next_keys = next_ring
+        if next_ring and h + 1 < heads:
+            next_keys = ring.ctypes.data + (h + 1) * groups // heads * size
+        next_values = next_keys + groups * size
+        _attend(qkv[h], ring[g], ring[groups + g], clock, bias, present, scores, out[h], next_keys, next_values)
 
 
 @part
@@ -277,9 +290,11 @@ def attention_step(
     """
     if not _fits(qkv.shape[0], ring, clock, rows, due, here, present):
         return False
-    width = ring.shape[3]
+    batch, width = qkv.shape[0], ring.shape[3]
     scores = np.empty(ring.shape[2], np.float32)
-    for b in range(qkv.shape[0]):
+    size = 4 * ring.shape[1] * ring.shape[2] * width
+    ahead = batch * size > NEAR and 4 * ring.shape[2] * width <= SHORT
+    for b in range(batch):
         row = rows[b] if rows.shape[0] else b
         if due.shape[0] and not due[b]:
             out[b] = np.float32(0)
@@ -289,7 +304,11 @@ def attention_step(
         seen = present[row] if present.shape[0] else here
         if present.shape[0]:
             present[row, time % ring.shape[2]] = here[b]
-        _stream_step(qkv[b], ring[row], time, age_bias, seen, scores, out[b].reshape(-1, width))
+        next_ring = 0
+        if ahead:
+            after = min(b + 1, batch - 1)
+            next_ring = ring.ctypes.data + (rows[after] if rows.shape[0] else after) * size
+        _stream_step(qkv[b], ring[row], time, age_bias, seen, scores, out[b].reshape(-1, width), next_ring)
     return True
 
 
@@ -434,7 +453,7 @@ def encoder_step(
             normed[:] = x[b]
         linear(in_weight, in_bias, normed, flat)
         rotate(qkv, heads + groups, time, frequencies)
-        _stream_step(qkv, ring[row], time, age_bias, seen, scores, attended)
+        _stream_step(qkv, ring[row], time, age_bias, seen, scores, attended, 0)
         feed_forward(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
     return True
 

@@ -11,11 +11,9 @@ import numpy as np
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from stepstream.models.continual.addresses import bytes_at, floats_at, integers_at
 from stepstream.models.continual.kernels import (
-    bytes_at,
     feed_forward,
-    floats_at,
-    integers_at,
     kernel,
     layer_at,
     layer_norm,

@@ -5,10 +5,10 @@ uv run --group bench python -m tests.bench.continual_attention [FOLDER [SECTION]
 One thread; width 256, 8 heads, feed-forward 1024. Alternatives take turns; medians of CPU time.
 "layer": one encoder layer. "two-blocks": the exact two-block encoder, batch 1. "query": one query's attention over the
 cached keys and values, against reading both once: at the memory's bandwidth, and from the cache that they may lie in.
-"ragged": a thousand streams, each on its own clock, in one call against one call each. "compiled": the layer's step as
-torch.compile makes it (a C++ compiler is needed), and as torch's operations one by one, beside the fused kernel.
-"alone": the same step again and again, its weights in the processor's cache, beside continual-inference's in its turn,
-and a pass over the weights.
+"ragged": a thousand streams, each on its own clock, in one attention step against one each, and a pass over their
+rings. "compiled": the layer's step as torch.compile makes it (a C++ compiler is needed), and as torch's operations one
+by one, beside the fused kernel. "alone": the same step again and again, its weights in the processor's cache, beside
+continual-inference's in its turn, and a pass over the weights.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def query(window: int, batch: int, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def ragged(streams: int = 1000, window: int = 64, width: int = 64) -> dict[str, Any]:
-    """Many streams on their own clocks: one call for all against one call each."""
+def ragged(width: int, window: int, streams: int = 1000) -> dict[str, Any]:
+    """Many streams on their own clocks: one call for all against one call each, and a pass over all rings."""
     layer = ContinualAttention(width, 4, window).eval()
     state = layer.initial_state(streams)
     state["clock"].copy_(torch.randint(0, 5 * window, (streams,)))
@@ -125,7 +125,13 @@ def ragged(streams: int = 1000, window: int = 64, width: int = 64) -> dict[str, 
         for one, row in singles:
             layer.step(one, state, row)
 
-    seconds = cpu_seconds({"together": lambda: layer.step(x, state, rows), "one by one": one_by_one}, 5, warmup=1)
+    ring = state["keys_values"]["data"]
+    alternatives = {
+        "together": lambda: layer.step(x, state, rows),
+        "one by one": one_by_one,
+        "reading the rings": lambda: ring.sum(),
+    }
+    seconds = cpu_seconds(alternatives, 9, warmup=1)
     return {
         "streams": streams,
         "us_a_stream": {name: round(1e6 * s / streams, 2) for name, s in seconds.items()},
@@ -191,7 +197,7 @@ def main() -> None:
             "alone": lambda: {f"T={t} B={b}": alone(t, b) for t, b in [*grid[:3], (64, 32)]},
             "two-blocks": lambda: {f"T={t}": two_blocks(t) for t in WINDOWS},
             "query": lambda: {f"T={t} B={b}": query(t, b, bandwidth) for t, b in grid},
-            "ragged": ragged,
+            "ragged": lambda: {f"width {w} T={t}": ragged(w, t) for w, t in [(32, 32), (64, 32), (64, 64), (128, 64)]},
             "compiled": lambda: {f"T={t} B={b}": compiled(t, b) for t, b in [(64, 1), (64, 32)]},
         }
         chosen = sys.argv[2:] or list(sections)

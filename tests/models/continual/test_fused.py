@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stepstream.models.base import copy_rows
-from stepstream.models.continual import attention, block_attention, encoder, fused, two_block_encoder
+from stepstream.models.continual import attention, block_attention, encoder, fused, kernels, two_block_encoder
 from stepstream.models.continual.attention import ContinualAttention
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.encoder import FEW, EncoderLayer
@@ -92,6 +92,30 @@ OPTIONS = {
     "positions": st.sampled_from(["none", "rotary", "relative"]),
     "absent": st.booleans(),
 }
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_rings_that_are_asked_for_ahead(kv_heads: int) -> None:
+    layer, streams = ContinualAttention(64, 4, 35, kv_heads=kv_heads).eval(), 400 // kv_heads
+    state = layer.initial_state(streams)
+    assert state["keys_values"]["data"][0, 0].nbytes <= kernels.SHORT, "else none is asked for"
+    other = layer.initial_state(streams)
+    for step in range(3):
+        rows, due = torch.randperm(streams)[:-7], torch.rand(streams - 7) < 0.8
+        assert state["keys_values"]["data"][rows].nbytes > kernels.NEAR, "else none is asked for"
+        clocks = torch.randint(0, 90, (streams,))
+        x = torch.randn(len(rows), 64)
+        with torch.no_grad():
+            for held in (state, other):
+                held["clock"].copy_(clocks)
+            with calls() as names:
+                fast = layer.advance(x, state, rows, due)[0]
+            assert names == ["attention_step"], step
+            with calls(refused=True):
+                slow = layer.advance(x, other, rows, due)[0]
+        assert_close(fast[due], slow[due])
+    for mine, theirs in zip(state["keys_values"].values(), other["keys_values"].values(), strict=True):
+        assert_close(mine, theirs)
 
 
 @settings(max_examples=40, deadline=None)
