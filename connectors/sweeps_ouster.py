@@ -1,6 +1,6 @@
-"""Ouster OSF and pcap recordings, read with the vendor's package: `pip install ouster-sdk` (1.0).
+"""Ouster OSF and pcap recordings, read with the vendor's package, ouster-sdk 1.0: `pip install "stepstream[ouster]"`.
 
-It is no extra of ours: it pins older versions of packages that the rest uses. A pcap needs the sensor's metadata, a
+It holds click, Flask and psutil at older versions than the rest does. A pcap needs the sensor's metadata, a
 .json of the same beginning beside it. Source: https://static.ouster.dev/sdk-docs (`open_source`, `XYZLut`,
 `LidarScan`): a scan has a range image in millimetres (0: no return) and a time a column, 0 where its packet is missing.
 """
@@ -70,7 +70,7 @@ class SweepsOuster:
         first column that has a time. Raises InputError naming the file, or the missing package.
         """
         if find_spec("ouster") is None:
-            raise InputError(f"{path}: Ouster recordings need the vendor's package: pip install ouster-sdk")
+            raise InputError(f'{path}: Ouster recordings need the vendor\'s package: pip install "stepstream[ouster]"')
         from ouster.sdk import core, open_source
 
         scans: list[Any] = []

@@ -25,7 +25,7 @@ def test_osf_and_pcap_are_known_without_the_package(tmp_path: Path, monkeypatch:
     assert SweepsOuster.sniff(pcap, pcap.read_bytes())
     assert not SweepsOuster.sniff(tmp_path, b"")
     monkeypatch.setattr(sweeps_ouster, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="need the vendor's package: pip install ouster-sdk"):
+    with pytest.raises(InputError, match="need the vendor's package: pip install .stepstream.ouster."):
         SweepsOuster.read(osf)
 
 

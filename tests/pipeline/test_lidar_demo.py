@@ -7,6 +7,7 @@ import json
 import math
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def test_rerun_is_shown_each_sweep(tmp_path: Path) -> None:
     command = ["demo", "lidar", "--out", str(tmp_path / "out"), "--rerun", str(file), "--json"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    told = subprocess.run(["rerun", "rrd", "stats", str(file)], capture_output=True, text=True, check=True).stdout
+    rerun = str(Path(sys.executable).with_name("rerun"))  # which need not be on the way to programs
+    told = subprocess.run([rerun, "rrd", "stats", str(file)], capture_output=True, text=True, check=True).stdout
     # Points and boxes of 32 sweeps, and what Rerun says of the recording.
     rows = re.search(r"num_rows = (\d+)", told)
     assert rows is not None and int(rows[1]) >= 64, told
