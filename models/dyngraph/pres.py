@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepstream.models.dyngraph.base import GraphState
-from stepstream.models.dyngraph.pres_kernels import Mixture, correct_rows, learn_rows
+from stepstream.models.dyngraph.pres_kernels import Floats, Mixture, correct_rows, learn_rows
 
 __all__ = ["KINDS", "Smoother", "incoherence"]
 
@@ -36,29 +36,30 @@ def incoherence(before: Tensor, after: Tensor) -> Tensor:
 class Smoother(nn.Module):
     """Prediction and correction of memories, over any memory network.
 
-    With d the mean change of a node's memory per unit of time, a memory s(t1) is predicted at t2 as
-    p = s(t1) + T d, and corrected by the measured s(t2): (1 - g) p + g s(t2), where g in (0, 1) is learned. The change
-    that went into the memory then is (corrected - s(t1)) / T; sums, sums of squares
+    With d the expected change of a node's memory per unit of time, a memory s(t1) is predicted at t2 as
+    p = s(t1) + T d, and corrected by the measured s(t2): (1 - g) p + g s(t2), with g in (0, 1) learned for each
+    component and channel. The change that went into the memory then is (corrected - s(t1)) / T; sums, sums of squares
     and counts of changes a node and component give a Gaussian mixture's means and variances (maximum likelihood, the
-    component of a change being known).
+    component of a change being known). d is the mean of the node's own changes and, learned, that of all nodes.
 
     Where we differ. The paper's two components are positive and negative events; a stream of interactions takes
     nothing away, so ours are interactions with a recent neighbour and with another node: with the component known,
-    its own mean predicts, else the mixture's. T is 1 + log(1 + seconds): gaps spread over nine decades, and a rate per
-    second learned over one second says nothing of a month. One change of zero is counted in beforehand, and a mean is
-    shrunk by n mean^2 / (n mean^2 + variance): changes that do not agree predict none. A prediction moves a channel
-    by 1 at most. The expectation takes the place of a sample, so that scores are a function of the state.
+    its own means predict, else the mixture's. What all nodes share is ours, too: without it PRES was behind the network
+    it smooths at every batch (docs/graphs.md). T is 1 + log(1 + seconds): gaps spread over nine decades, and a rate per
+    second learned over one second says nothing of a month. One change of zero is counted in beforehand, and a node's
+    mean is shrunk by n mean^2 / (n mean^2 + variance): changes that do not agree predict none. A prediction moves a
+    channel by 1 at most. The expectation takes the place of a sample, so that scores are a function of the state.
     """
 
     def __init__(self, width: int, gamma: float = 0.9) -> None:
         super().__init__()
         self.width = width
-        self.gate = nn.Parameter(torch.tensor(math.log(gamma / (1 - gamma))))
+        self.gate = nn.Parameter(torch.full((KINDS, width), math.log(gamma / (1 - gamma))))
+        self.shared = nn.Parameter(torch.zeros(KINDS, width))
 
-    @property
-    def gamma(self) -> Tensor:
-        """The weight of the measured memory against the predicted one, a scalar in (0, 1)."""
-        return torch.sigmoid(self.gate)
+    def learned(self) -> tuple[Floats, Floats]:
+        """What the kernels take: g and the shared changes, [kinds, width] each."""
+        return torch.sigmoid(self.gate.detach()).numpy(), self.shared.detach().numpy()
 
     def initial_state(self, nodes: int, device: torch.device) -> GraphState:
         """Counts float32 [n, kinds] and sums of changes and of their squares float32 [n, kinds, width]."""
@@ -69,7 +70,9 @@ class Smoother(nn.Module):
         }
 
     def drift(self, state: GraphState, node: Tensor, kind: Tensor | None = None) -> Tensor:
-        """The expected change per unit of time of nodes int64 [n], at a component int64 [n] or of all: [n, width]."""
+        """The mean of a node's own changes per unit of time, shrunk: nodes int64 [n], at a component int64 [n] or of
+        all -> [n, width].
+        """
         if kind is None:
             count, total, square = (
                 state[name].index_select(0, node).sum(1) for name in ("changes", "change_sum", "change_square")
@@ -93,11 +96,17 @@ class Smoother(nn.Module):
         if kind is not None and not torch.is_grad_enabled() and _compiles(state, measured):
             after = measured.clone(memory_format=torch.contiguous_format)
             first, second, time = _arrays(before, after, gap)
-            correct_rows(_mixture(state), node.numpy(), kind.numpy(), first, second, time, float(self.gamma))
+            correct_rows(_mixture(state), node.numpy(), kind.numpy(), first, second, time, self.learned())
             return after
-        scale = (1 + torch.log1p(gap))[:, None]
-        predicted = before + (scale * self.drift(state, node, kind)).clamp(-1, 1)
-        return torch.lerp(predicted, measured, self.gamma)
+        if kind is None:
+            share = state["changes"].index_select(0, node) + 1
+            share = share / share.sum(1, keepdim=True)
+            gate, shared = share @ self.gate, share @ self.shared
+        else:
+            gate, shared = self.gate.index_select(0, kind), self.shared.index_select(0, kind)
+        change = self.drift(state, node, kind) + shared
+        predicted = before + ((1 + torch.log1p(gap))[:, None] * change).clamp(-1, 1)
+        return torch.lerp(predicted, measured, torch.sigmoid(gate))
 
     @torch.no_grad()
     def learn(

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from stepstream.models.compiled import fast_kernel, fast_part
 
-__all__ = ["Mixture", "correct_row", "correct_rows", "find_kinds", "learn_row", "learn_rows"]
+__all__ = ["Floats", "Learned", "Mixture", "correct_row", "correct_rows", "find_kinds", "learn_row", "learn_rows"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Mixture: TypeAlias = tuple[Floats, Floats, Floats]
 """Counts [n, kinds], sums of changes and of their squares [n, kinds, width]."""
+Learned: TypeAlias = tuple[Floats, Floats]
+"""As `Smoother.learned` gives them."""
 
 
 @fast_part
@@ -42,19 +44,20 @@ def correct_row(
     old: int,
     new: int,
     gap: float,
-    gamma: float,
+    learned: Learned,
 ) -> None:
     """As `Smoother.correct`, for one node: row `new` of `after`, in place, from row `old` of `before`."""
     counts, total, square = mixture
+    gamma, shared = learned
     scale, each = np.float32(1 + math.log1p(gap)), np.float32(1) / np.float32(counts[node, kind] + 1)
-    n, weight = np.float32(counts[node, kind] + 1), np.float32(gamma)
+    n = np.float32(counts[node, kind] + 1)
     for i in range(before.shape[1]):
         mean = total[node, kind, i] * each
         signal = n * mean * mean
         noise = max(square[node, kind, i] * each - mean * mean, np.float32(0))
-        move = scale * mean * signal / (signal + noise + np.float32(1e-12))
+        move = scale * (mean * signal / (signal + noise + np.float32(1e-12)) + shared[kind, i])
         predicted = before[old, i] + min(max(move, np.float32(-1)), np.float32(1))
-        after[new, i] = predicted + weight * (after[new, i] - predicted)
+        after[new, i] = predicted + gamma[kind, i] * (after[new, i] - predicted)
 
 
 @fast_kernel
@@ -69,11 +72,11 @@ def learn_rows(
 
 @fast_kernel
 def correct_rows(
-    mixture: Mixture, node: Ints, kind: Ints, before: Floats, after: Floats, gap: Floats, gamma: float
+    mixture: Mixture, node: Ints, kind: Ints, before: Floats, after: Floats, gap: Floats, learned: Learned
 ) -> None:
     """As `Smoother.correct` where kinds are given; `after` in place."""
     for row in range(len(node)):
-        correct_row(mixture, node[row], kind[row], before, after, row, row, gap[row], gamma)
+        correct_row(mixture, node[row], kind[row], before, after, row, row, gap[row], learned)
 
 
 @fast_kernel

@@ -28,6 +28,7 @@ FEW = 8
 """Embeddings up to which the compiled form is the faster one: 60 us each, against 400 us and 10 us each in torch."""
 
 _NO_MIXTURE = np.zeros((0, 0), np.float32), np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.float32)
+_NOTHING_LEARNED = np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32)
 
 
 class TGN(MessageModel):
@@ -170,7 +171,7 @@ class TGN(MessageModel):
             mixture,
             cell,
             time,
-            1.0 if smooth is None else float(smooth.gamma.detach()),
+            _NOTHING_LEARNED if smooth is None else smooth.learned(),
         )
 
     def _take(self, state: GraphState, ends: Ends) -> None:

@@ -82,7 +82,7 @@ def take_one(
     mixture: tuple[Floats, Floats, Floats],
     cell: tuple[Floats, Floats, Floats, Floats],
     time: tuple[Floats, Floats],
-    gamma: float,
+    learned: tuple[Floats, Floats],
 ) -> None:
     """As `MessageModel.update` with one interaction: source, destination, time.
 
@@ -140,7 +140,7 @@ def take_one(
         after = _gru(message, olds[k], cell)
         if smooth:
             c = kind[node]
-            correct_row(mixture, node, c, olds, after.reshape(1, width), k, 0, gap, gamma)
+            correct_row(mixture, node, c, olds, after.reshape(1, width), k, 0, gap, learned)
         current[node] = after
 
 

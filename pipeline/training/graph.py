@@ -46,6 +46,7 @@ def evaluate_model(
     part: str = "test",
     device: str = "cpu",
     on_progress: Report | None = None,
+    batch: int = BATCH,
 ) -> dict[str, dict[str, float]]:
     """For each freshness (`batch`, `per_event`): `ap_...`, `auc_...` for each of `pairs`, and `mrr`."""
     found: dict[str, dict[str, float]] = {}
@@ -57,13 +58,14 @@ def evaluate_model(
                 on_progress((done + fraction) / runs)
 
         found[freshness] = pair_metrics(
-            model, data, split, pairs, part=part, freshness=freshness, device=device, on_progress=report
+            model, data, split, pairs, part=part, freshness=freshness, batch=batch, device=device, on_progress=report
         ) | ranking_metrics(
             model,
             data,
             split,
             part=part,
             freshness=freshness,
+            batch=batch,
             device=device,
             on_progress=lambda fraction, done=2 * i + 1: report(fraction, done),  # type: ignore[misc]
         )
@@ -76,9 +78,11 @@ def evaluate(run: EvaluationRun) -> dict[str, Any]:
     `metrics` and `baselines` have the state refreshed every 200 interactions (what is published), `per_event` and
     `baselines_per_event` at every one (what a live system has). `options`: "split", validation or test; "window" of
     edgebank-window: "proportion" (the last 15 % of what came before) or "repeat" (the mean time until a pair meets
-    again); "time_unit" of the recording.
+    again); "time_unit" of the recording; "batch": so many in place of the 200.
     """
-    part, window, time_unit = run.chosen(split="test", window="proportion", time_unit=None)
+    part, window, time_unit, batch = run.chosen(split="test", window="proportion", time_unit=None, batch=BATCH)
+    if type(batch) is not int or batch < 1:
+        raise InputError(f"--set batch={batch}: a whole number of interactions, 1 or more, was expected")
     reading = None if time_unit is None else {"time_unit": time_unit}
     if window not in WINDOWS:
         raise InputError(f"--set window={window}: {' or '.join(WINDOWS)} was expected")
@@ -88,7 +92,7 @@ def evaluate(run: EvaluationRun) -> dict[str, Any]:
     graph = read_graph(run.data, reading)
     split = GraphSplit.of(graph)
     split.part(part)
-    pairs = Pairs.of(graph, split, part)
+    pairs = Pairs.of(graph, split, part, batch)
     width = 0 if graph.features is None else graph.features.shape[1]
     if loaded is not None and loaded.features not in (None, width):
         raise InputError(f"{run.data}: interactions with {width} features, and {run.weights} expects {loaded.features}")
@@ -103,12 +107,17 @@ def evaluate(run: EvaluationRun) -> dict[str, Any]:
         if isinstance(chosen, nn.Module):
             chosen.to(run.device)
         on = run.device if i == 0 else "cpu"
-        found[name] = evaluate_model(chosen, graph, split, pairs, part, on, on_progress=report)
-    return _result(run.model, graph, split, part, found)
+        found[name] = evaluate_model(chosen, graph, split, pairs, part, on, report, batch)
+    return _result(run.model, graph, split, part, batch, found)
 
 
 def _result(
-    model: str, data: GraphData, split: GraphSplit, part: str, found: Mapping[str, Mapping[str, Mapping[str, float]]]
+    model: str,
+    data: GraphData,
+    split: GraphSplit,
+    part: str,
+    batch: int,
+    found: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, Any]:
     everything, new, _, _ = split.part(part)
     order = "file order is not time order: evaluated in time order, ties in file order" if data.reordered else "yes"
@@ -123,8 +132,8 @@ def _result(
         "order": order,
         "evaluated": int(np.count_nonzero(everything)),
         "evaluated_with_new_nodes": int(np.count_nonzero(new)),
-        "protocol": f"70/15/15 by time quantile; state refreshed every {BATCH} interactions (per_event: at every one); "
-        f"ap and auc with one negative each, means over batches of {BATCH}, a tenth of the nodes held out of training",
+        "protocol": f"70/15/15 by time quantile; state refreshed every {batch} interactions (per_event: at every one); "
+        f"ap and auc with one negative each, means over batches of {batch}, a tenth of the nodes held out of training",
         "negatives": {
             "random": f"a destination of the recording, for the same source; DyGLib's draws, seed {SEEDS[part]}",
             "historical": "a pair that met before, but not during this batch",

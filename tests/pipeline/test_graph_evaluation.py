@@ -230,8 +230,19 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert set(result["baselines"]) == set(result["baselines_per_event"]) == {"edgebank", "recency"}
     shown = CliRunner().invoke(app, ["evaluate", "recency", "--data", path, "--set", "split=validation"])
     assert shown.exit_code == 0 and "per event" in shown.output and "ap new inductive" in shown.output
+    few, many = (
+        json.loads(
+            CliRunner().invoke(app, ["evaluate", "recency", "--data", path, "--json", "--set", f"batch={n}"]).stdout
+        )
+        for n in (2, 400)
+    )
+    assert "refreshed every 2 interactions" in few["protocol"] and "refreshed every 400" in many["protocol"]
+    assert few["metrics"]["mrr"] != many["metrics"]["mrr"]
+    assert few["per_event"]["mrr"] == many["per_event"]["mrr"], "every interaction sees all before it, in either"
     for setting, message in (
         ("split=train", "validation or test"),
+        ("batch=0", "1 or more"),
+        ("batch=2.5", "a whole number"),
         ("window=3", "proportion or repeat"),
         ("k=1", "known"),
     ):

@@ -53,7 +53,9 @@ def test_coherence_has_a_gradient_of_its_own(name: str) -> None:
     jumps.backward()
     inner = model.smoother
     assert inner is not None and inner.gate.grad is not None
-    assert float(inner.gate.grad.abs()) > 0
+    assert inner.shared.grad is not None
+    for grad in (inner.gate.grad, inner.shared.grad):
+        assert float(grad.abs().sum()) > 0
     updater = {"pres-tgn": "updater", "pres-jodie": "take_in", "pres-apan": "attention"}[name]
     moved = [p.grad for n, p in model.named_parameters() if n.startswith(updater) and p.grad is not None]
     assert sum(float(grad.abs().sum()) for grad in moved) > 0
@@ -88,6 +90,26 @@ def test_statistics_are_of_the_right_component_and_predict_the_drift() -> None:
     torch.testing.assert_close(corrected, torch.tensor([[0.75 * 0.4 + 0.25, 0.25]]), rtol=0.01, atol=2e-3)
     long = smoother.correct(state, node, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1e9]), torch.tensor([0]))
     assert float(long.detach().abs().max()) <= 0.75  # a prediction moves a channel by 1 at most
+
+
+def test_what_all_nodes_share_predicts_for_a_node_that_nothing_is_known_of() -> None:
+    smoother, state = Smoother(2, gamma=0.25), Smoother(2).initial_state(3, torch.device("cpu"))
+    node, gap, before = torch.tensor([1]), torch.expm1(torch.tensor([1.0])), torch.tensor([[0.1, 0.2]])
+    with torch.no_grad():
+        smoother.shared.copy_(torch.tensor([[0.1, 0.0], [0.0, -0.2]]))
+        smoother.gate[1, 0] = 0.0  # a half
+    moved = [[0.2, 0.0], [0.0, -0.4]]  # in two units of time
+    for kind, gamma in ((0, (0.25, 0.25)), (1, (0.5, 0.25))):
+        expected = [(1 - g) * (b + m) + g * 0.5 for g, b, m in zip(gamma, before[0].tolist(), moved[kind], strict=True)]
+        for context in (torch.no_grad(), torch.enable_grad()):  # compiled, and in torch
+            with context:
+                after = smoother.correct(state, node, before, torch.full((1, 2), 0.5), gap, torch.tensor([kind]))
+            torch.testing.assert_close(after, torch.tensor([expected]))
+    state["changes"][1] = torch.tensor([2.0, 0.0])  # three to one, each with one counted in beforehand
+    with torch.no_grad():
+        smoother.gate.fill_(-torch.inf)  # the prediction alone
+        after = smoother.correct(state, node, before, torch.full((1, 2), 0.5), gap, None)
+    torch.testing.assert_close(after, before + torch.tensor([[0.75 * 0.2, 0.25 * -0.4]]))
 
 
 def test_statistics_move_with_the_stream_and_not_with_scores() -> None:
@@ -180,6 +202,9 @@ def test_compiled_statistics_are_those_in_torch(seed: int, width: int) -> None:
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
+    with torch.no_grad():
+        for parameter in smoother.parameters():
+            parameter += numbers(2, width)
     state = smoother.initial_state(5, torch.device("cpu"))
     wide = {name: leaf.double() for name, leaf in state.items()}
     for step in range(6):
