@@ -41,7 +41,7 @@ class MemoryConfig:
     dropout: float = 0.1
     pres: bool = False
     gamma: float = 0.9
-    coherence: float = 0.1
+    coherence: float = 0.01
 
     def __post_init__(self) -> None:
         for name, least in (("width", 1), ("time_width", 1), ("features", 0), ("neighbours", 1), ("mails", 1)):
