@@ -205,7 +205,7 @@ class ContinualAttention(Layer):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
         if self.fusible(x, state):
-            return self.project_out(self._fused(x, state, rows, due, present)), due
+            return self.project_out(self.take_in(x, state, rows, due, present)), due
         clock = tick(state, rows, due)
         q, k, v = self.project(x, clock)
         slots = torch.arange(self.memory, device=x.device)
@@ -272,8 +272,10 @@ class ContinualAttention(Layer):
             or_empty(None if self.age_bias is None else self.age_bias.weight, np.float32, 2),
         )
 
-    def _fused(self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None) -> Tensor:
-        """`advance` without the last projection: [B, width]."""
+    def take_in(
+        self, x: Tensor, state: Tree, rows: Tensor | None, due: Tensor | None, present: Tensor | None
+    ) -> Tensor:
+        """`advance` without the last projection, where it is `fusible`: [B, width] -> the same."""
         qkv = self._project_in(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_width)
         if self.rotary is not None:
             rotated = self.heads + self.kv_heads

@@ -125,11 +125,17 @@ class EncoderLayer(Layer):
         present: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, width] -> [B, width], emitted where due."""
-        if not torch.compiler.is_compiling() and x.shape[0] <= FEW:
-            attention: Any = self._modules["self_attn"]
+        attention: Any = self._modules["self_attn"]
+        table = None
+        if not torch.compiler.is_compiling() and attention.fusible(x, state):
             table = self.table(x)
-            if table is not None and attention.fusible(x, state):
-                return _fused(attention, table, x, state, rows, due, present), due
+        if table is not None and x.shape[0] <= FEW:
+            return _fused(attention, table, x, state, rows, due, present), due
+        if table is not None and not self.training:
+            attended = attention.take_in(self.before(x), state, rows, due, present)
+            y, added = self.finish_apart(table, x.contiguous(), attended)
+            call_kernel("encoder_end", table.table, table.eps, x.shape[0], y.data_ptr(), added.data_ptr())
+            return y, due
         attended, due = self.self_attn.advance(self.before(x), state, rows, due, present)
         return self.finish(x, attended), due
 
@@ -144,8 +150,10 @@ class EncoderLayer(Layer):
         # Past the modules, which are plain, or there were no table: a thirtieth of a short window's step.
         attended = self.self_attn.packed[1].linear(attended, *held[:2])
         at = (x.data_ptr(), attended.data_ptr(), residual.data_ptr(), inner.data_ptr())
-        call_kernel("two_block_middle", table.table, table.eps, x.shape[0], *at)
-        hidden = _ACTIVATIONS[self.activation](self._packed[0].linear(inner, *held[6:8]))
+        call_kernel("encoder_middle", table.table, table.eps, x.shape[0], *at)
+        # Not as oneDNN's own end of the product, which takes what is no number for 0.
+        hidden = self._packed[0].linear(inner, *held[6:8])
+        hidden = hidden.relu_() if self.activation == "relu" else _ACTIVATIONS[self.activation](hidden)
         return residual, self._packed[1].linear(hidden, *held[8:10])
 
     def conclude(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -37,14 +37,14 @@ _EMPTY: dict[tuple[type, int], NDArray[Any]] = {
 
 
 def call_kernel(name: str, *arguments: Any) -> None:
-    """A kernel of `kernels` or `two_block_kernels`, which are imported late, as numba takes half a second.
+    """A kernel of one of the modules named ...kernels, which are imported late, as numba takes half a second.
 
     Raises IndexError, with nothing written, if a row is not a slot of the state, or is missing.
     """
     if name not in _kernels:
-        from stepstream.models.continual import kernels, two_block_kernels
+        from stepstream.models.continual import encoder_kernels, kernels, two_block_kernels
 
-        for module in (kernels, two_block_kernels):
+        for module in (kernels, encoder_kernels, two_block_kernels):
             _kernels.update({each: getattr(module, each) for each in module.__all__})
     if not _kernels[name](*arguments):
         raise IndexError(MISFIT)

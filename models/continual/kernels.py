@@ -25,7 +25,6 @@ __all__ = [
     "attention_step",
     "encoder_step",
     "feed_forward",
-    "finish_step",
     "kernel",
     "layer_at",
     "layer_norm",
@@ -455,17 +454,4 @@ def encoder_step(
         rotate(qkv, heads + groups, time, frequencies)
         _stream_step(qkv, ring[row], time, age_bias, seen, scores, attended, 0)
         feed_forward(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
-    return True
-
-
-@kernel
-def finish_step(table: Array, eps: float, batch: int, x_at: int, attended_at: int, y_at: int) -> bool:
-    """What follows the attention in an encoder layer, as in `encoder_step`: x, attended, y [batch, width]."""
-    weights, biases, _, _, _, _ = layer_at(table)
-    width = table[0] * table[2]
-    x = carray(floats_at(x_at), (batch, width))
-    attended = carray(floats_at(attended_at), (batch, width))
-    y = carray(floats_at(y_at), (batch, width))
-    for b in range(batch):
-        feed_forward(x[b], attended[b], weights, biases, eps, table[5] != 0, table[6] != 0, y[b])
     return True

@@ -23,7 +23,7 @@ from stepstream.models.continual.kernels import (
     softmax,
 )
 
-__all__ = ["merge_blocks", "two_block_begin", "two_block_end", "two_block_middle"]
+__all__ = ["merge_blocks", "two_block_begin", "two_block_end"]
 
 Array = NDArray[Any]
 
@@ -163,31 +163,6 @@ def _take(
         first = values + h * groups // heads * head_width
         bias = in_bias[first : first + head_width] if in_bias.shape[0] else in_bias
         linear(in_weight[first : first + head_width], bias, mean[h], attended[h])
-
-
-@kernel
-def two_block_middle(
-    table: Array, eps: float, count: int, tokens_at: int, attended_at: int, residual_at: int, inner_at: int
-) -> bool:
-    """What the first block's feed-forward network is given, and what is added to its output.
-
-    `table`, eps: of the first block. By address, all [count, width]: tokens, what out_proj made of their attention,
-    the residual and, if the block is pre-norm, its norm, inner; post-norm, both are one, and inner is not read.
-    """
-    weights, biases, _, _, _, _ = layer_at(table)
-    width = table[0] * table[2]
-    tokens = carray(floats_at(tokens_at), (count, width))
-    attended = carray(floats_at(attended_at), (count, width))
-    residual = carray(floats_at(residual_at), (count, width))
-    inner = carray(floats_at(inner_at), (count if table[5] else 0, width))
-    for t in range(count):
-        for i in range(width):
-            residual[t, i] = tokens[t, i] + attended[t, i]
-        if table[5]:
-            layer_norm(residual[t], weights[2], biases[2], eps, inner[t])
-        else:
-            layer_norm(residual[t], weights[1], biases[1], eps, residual[t])
-    return True
 
 
 @kernel

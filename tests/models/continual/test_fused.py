@@ -49,11 +49,19 @@ def calls(*, refused: bool = False) -> Iterator[list[str]]:
 
 
 def assert_fused_equals_torch(
-    layer: Layer, batch: int, steps: int, seed: int, kernel: str, *, absent: bool, then: Sequence[str] = ()
+    layer: Layer,
+    batch: int,
+    steps: int,
+    seed: int,
+    kernel: str,
+    *,
+    absent: bool,
+    then: Sequence[str] = (),
+    once: Sequence[str] = (),
 ) -> None:
     """Ragged rows, some of them not due, some steps absent: the same outputs and, to rounding, the same state.
 
-    `then`: the kernels that follow for each row that is due.
+    `then`: the kernels that follow for each row that is due; `once`: those that follow for all.
     """
     layer.eval()
     random = torch.Generator().manual_seed(seed)
@@ -66,7 +74,7 @@ def assert_fused_equals_torch(
         with torch.no_grad():
             with calls() as names:
                 found, _ = layer.advance(x, one, rows, due, **present)
-            assert names == [kernel, *list(then) * int(due.sum())]
+            assert names == [kernel, *list(then) * int(due.sum()), *once]
             with calls(refused=True) as names:
                 wanted, _ = layer.advance(x, other, rows, due, **present)
             assert names == []
@@ -84,7 +92,7 @@ def assert_same_state(one: Any, other: Any) -> None:
         assert torch.equal(one, other)
 
 
-TWO_BLOCKS = ("two_block_middle", "two_block_end")
+TWO_BLOCKS = ("encoder_middle", "two_block_end")
 
 OPTIONS = {
     "kv_heads": st.sampled_from([1, 3]),
@@ -144,9 +152,18 @@ def test_an_encoder_layer(options: dict[str, Any], memory: int, feedforward: int
     assert_fused_equals_torch(layer, batch, 20, seed, "encoder_step", absent=options["absent"])
 
 
-def test_many_rows_share_a_product_of_matrices() -> None:
-    layer = EncoderLayer(WIDTH, 3, 5, 16)
-    assert_fused_equals_torch(layer, FEW + 1, 20, 0, "attention_step", absent=False)
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("feedforward", [16, 512])
+def test_many_rows_share_products_of_matrices(norm_first: bool, activation: Any, feedforward: int) -> None:
+    """Those of the wider network are packed."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"norm_first": norm_first, "activation": activation, "absent": True}
+    layer = EncoderLayer(WIDTH, 3, 5, feedforward, **options)
+    for parameter in layer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    then = ("encoder_middle", "encoder_end")
+    assert_fused_equals_torch(layer, FEW + 1, 20, 0, "attention_step", absent=True, once=then)
 
 
 @settings(max_examples=12, deadline=None)
@@ -224,6 +241,17 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
         found = [layer.step(x, state), layer.step(torch.zeros(2, WIDTH), state)]
     assert names == ["encoder_step"] * 2
     assert all(y[0].isfinite().all() and y[1].isnan().all() for y in found), "only the stream that got it, from then on"
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_what_is_not_a_number_is_not_hidden_among_many(norm_first: bool) -> None:
+    layer = EncoderLayer(64, 4, 4, 128, norm_first=norm_first).eval()
+    state, x = layer.initial_state(FEW + 3), torch.zeros(FEW + 3, 64)
+    x[1, 3] = torch.nan
+    with torch.no_grad(), calls() as names:
+        found = layer.step(x, state)
+    assert names == ["attention_step", "encoder_middle", "encoder_end"]
+    assert found[1].isnan().all() and found[[0, *range(2, FEW + 3)]].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [[0, 2], [-1, 0], [0]])
