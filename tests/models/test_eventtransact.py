@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,8 +165,8 @@ def vars_of(form: FrameForm) -> dict[str, Any]:
     return {name: getattr(form, name) for name in form.__dataclass_fields__}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_without_timm_its_networks_are_refused_with_what_to_install() -> None:
+def test_without_timm_its_networks_are_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # as where it is not installed
     with pytest.raises(ValueError, match=r"stepstream\[timm\]"):
         EventTransAct(EventTransActConfig(**{**SMALL, "encoder": "timm:resnet10t"}))
 
