@@ -10,8 +10,9 @@ from typing import Any
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from stepstream.models.compiled import kernel
 from stepstream.models.continual.addresses import floats_at
-from stepstream.models.continual.kernels import feed_forward, kernel, layer_at, layer_norm
+from stepstream.models.continual.kernels import feed_forward, layer_at, layer_norm
 
 __all__ = ["encoder_end", "encoder_middle", "finish_step"]
 

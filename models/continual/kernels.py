@@ -9,28 +9,25 @@ processors, and leave no graph for gradients; `usable` says when they may stand 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from stepstream.models.compiled import fma, kernel, part, sums
 from stepstream.models.continual.addresses import bytes_at, doubles_at, fetch, floats_at, integers_at
 
 __all__ = [
     "attention_step",
     "encoder_step",
     "feed_forward",
-    "kernel",
     "layer_at",
     "layer_norm",
     "linear",
-    "part",
     "rotate",
+    "rows_dot",
     "softmax",
 ]
 
@@ -44,28 +41,6 @@ NEAR, SHORT = 1 << 20, 1 << 14
 ahead pays: the processor follows a long run by itself, but starts anew at every page of 4 KiB. A thousand streams of
 width 64 and 64 steps: 1.9 us each, where it was 3.4.
 """
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-# Sums may be taken in any order, which vector units need; infinities and NaN keep their meaning.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-
-
-def kernel(function: Function) -> Function:
-    """Compiled at its first call, for the types it is then given."""
-    return _compiled(function)
-
-
-def part(function: Function) -> Function:
-    """For kernels to call: its code becomes part of theirs, always (why: `stepstream.models.compiled.fast_part`)."""
-    return _compiled(function, forceinline=True)
-
-
-def _compiled(function: Function, forceinline: bool = False) -> Function:
-    compiled: Any = numba.njit(fastmath=_FAST, nogil=True, error_model="numpy", forceinline=forceinline)(function)
-    # Without a folder to write to, as in a read-only container, every process compiles anew.
-    with contextlib.suppress(RuntimeError):
-        compiled.enable_caching()
-    return compiled
 
 
 @part
@@ -76,17 +51,66 @@ def _exp(x: Any) -> Any:
     """
     if x < np.float32(-87.0):  # but NaN stays NaN
         x = np.float32(-87.0)
-    n = math.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    n = np.float32(n)
-    r = x - n * np.float32(0.693147181)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
+    n = np.floor(fma(x, np.float32(1.44269504), np.float32(0.5)))
+    r = fma(n, np.float32(-0.693147181), x)
+    p = fma(np.float32(1.9875691500e-4), r, np.float32(1.3981999507e-3))
+    p = fma(p, r, np.float32(8.3334519073e-3))
+    p = fma(p, r, np.float32(4.1665795894e-2))
+    p = fma(p, r, np.float32(1.6666665459e-1))
+    p = fma(p, r, np.float32(5.0000001201e-1))
+    p = fma(p, r * r, r) + np.float32(1.0)
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@sums
+def _total(x: Array, count: int) -> Any:
+    total = np.float32(0)
+    for i in range(count):
+        total += x[i]
+    return total
+
+
+@sums
+def _squares(x: Array, mean: Any) -> Any:
+    """The sum of squares of what differs from `mean`."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += (x[i] - mean) * (x[i] - mean)
+    return total
+
+
+@sums
+def _row_dot(a: Array, row: int, b: Array) -> Any:
+    """The product of a row of `a` and the vector `b`."""
+    total = np.float32(0)
+    for i in range(a.shape[1]):
+        total += a[row, i] * b[i]
+    return total
+
+
+@sums
+def rows_dot(a: Array, row: int, b: Array, other: int) -> Any:
+    """The product of a row of `a` and a row of `b`."""
+    total = np.float32(0)
+    for i in range(a.shape[1]):
+        total += a[row, i] * b[other, i]
+    return total
+
+
+@sums
+def _four_dots(keys: Array, t: int, q: Array) -> Any:
+    """The products of four rows, from `t` on, and the vector q, which is read once for them."""
+    s0 = np.float32(0)
+    s1 = np.float32(0)
+    s2 = np.float32(0)
+    s3 = np.float32(0)
+    for d in range(keys.shape[1]):
+        x = q[d]
+        s0 += x * keys[t, d]
+        s1 += x * keys[t + 1, d]
+        s2 += x * keys[t + 2, d]
+        s3 += x * keys[t + 3, d]
+    return s0, s1, s2, s3
 
 
 @part
@@ -96,12 +120,9 @@ def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
     One row after the other: weights that are not in the cache come as one stream in two thirds of the time that four
     rows side by side take.
     """
-    outs, ins = weight.shape
+    outs = weight.shape[0]
     for j in range(outs):
-        a = np.float32(0)
-        for i in range(ins):
-            a += weight[j, i] * x[i]
-        y[j] = a
+        y[j] = _row_dot(weight, j, x)
     if bias.shape[0]:
         for j in range(outs):
             y[j] += bias[j]
@@ -111,19 +132,14 @@ def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
 def layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
     """torch.nn.LayerNorm of one vector; an empty bias is none. `y` may be `x`."""
     width = x.shape[0]
-    mean = np.float32(0)
-    for i in range(width):
-        mean += x[i]
-    mean /= np.float32(width)
-    square = np.float32(0)
-    for i in range(width):
-        square += (x[i] - mean) * (x[i] - mean)
-    scale = np.float32(1) / np.sqrt(square / np.float32(width) + np.float32(eps))
-    for i in range(width):
-        y[i] = (x[i] - mean) * scale * weight[i]
+    mean = _total(x, width) / np.float32(width)
+    scale = np.float32(1) / np.sqrt(_squares(x, mean) / np.float32(width) + np.float32(eps))
     if bias.shape[0]:
         for i in range(width):
-            y[i] += bias[i]
+            y[i] = fma((x[i] - mean) * scale, weight[i], bias[i])
+    else:
+        for i in range(width):
+            y[i] = (x[i] - mean) * scale * weight[i]
 
 
 @part
@@ -137,14 +153,11 @@ def softmax(scores: Array, count: int) -> Any:
         for t in range(count):
             scores[t] = np.float32(0)
         return np.float32(0)
-    total = np.float32(0)
     for t in range(count):
         e = _exp(scores[t] - largest)
         # A key that is not seen has no weight at all, whatever it holds.
-        e = np.float32(0) if scores[t] == np.float32(-np.inf) else e
-        scores[t] = e
-        total += e
-    return np.float32(1) / total
+        scores[t] = np.float32(0) if scores[t] == np.float32(-np.inf) else e
+    return np.float32(1) / _total(scores, count)
 
 
 @part
@@ -171,28 +184,16 @@ def _attend(
     count = min(clock + 1, memory)
     scale = np.float32(1) / np.sqrt(np.float32(width))
     whole = count - count % 4
-    for t in range(0, whole, 4):  # four keys at a time: the query is read once for them
+    for t in range(0, whole, 4):
         for line in range(0, ahead, LINE):
             fetch(next_keys + t * row + line)
-        s0 = np.float32(0)
-        s1 = np.float32(0)
-        s2 = np.float32(0)
-        s3 = np.float32(0)
-        for d in range(width):
-            x = q[d]
-            s0 += x * keys[t, d]
-            s1 += x * keys[t + 1, d]
-            s2 += x * keys[t + 2, d]
-            s3 += x * keys[t + 3, d]
+        s0, s1, s2, s3 = _four_dots(keys, t, q)
         scores[t] = s0 * scale
         scores[t + 1] = s1 * scale
         scores[t + 2] = s2 * scale
         scores[t + 3] = s3 * scale
     for t in range(whole, count):
-        s = np.float32(0)
-        for d in range(width):
-            s += q[d] * keys[t, d]
-        scores[t] = s * scale
+        scores[t] = _row_dot(keys, t, q) * scale
     if age_bias.shape[0]:
         for t in range(count):
             scores[t] += age_bias[(clock - t) % memory]
@@ -211,11 +212,12 @@ def _attend(
         p2 = scores[t + 2]
         p3 = scores[t + 3]
         for d in range(width):
-            out[d] += p0 * values[t, d] + p1 * values[t + 1, d] + p2 * values[t + 2, d] + p3 * values[t + 3, d]
+            first = fma(p0, values[t, d], p1 * values[t + 1, d])
+            out[d] += first + fma(p2, values[t + 2, d], p3 * values[t + 3, d])
     for t in range(whole, count):
         p = scores[t]
         for d in range(width):
-            out[d] += p * values[t, d]
+            out[d] = fma(p, values[t, d], out[d])
     for d in range(width):
         out[d] *= total
 

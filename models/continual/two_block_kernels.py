@@ -11,15 +11,15 @@ import numpy as np
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from stepstream.models.compiled import fma, kernel, part
 from stepstream.models.continual.addresses import bytes_at, floats_at, integers_at
 from stepstream.models.continual.kernels import (
     feed_forward,
-    kernel,
     layer_at,
     layer_norm,
     linear,
-    part,
     rotate,
+    rows_dot,
     softmax,
 )
 
@@ -120,7 +120,7 @@ def merge_blocks(
             for block in range(used):
                 weight = weights[block] * total
                 for d in range(head_width):
-                    attended[t, h, d] += weight * means[block, t, h, d]
+                    attended[t, h, d] = fma(weight, means[block, t, h, d], attended[t, h, d])
     return True
 
 
@@ -140,14 +140,11 @@ def _take(
         for d in range(head_width):
             factor = q[h * head_width + d] * scale
             for i in range(width):
-                asked[h, i] += factor * in_weight[first + d, i]
+                asked[h, i] = fma(factor, in_weight[first + d, i], asked[h, i])
     scores = np.empty((heads, count), np.float32)
     for t in range(count):
         for h in range(heads):
-            s = np.float32(0)
-            for i in range(width):
-                s += asked[h, i] * tokens[t, i]
-            scores[h, t] = s
+            scores[h, t] = rows_dot(asked, h, tokens, t)
     mean = np.zeros((heads, width), np.float32)
     for h in range(heads):
         total = softmax(scores[h], count)
@@ -157,7 +154,7 @@ def _take(
         for h in range(heads):
             factor = scores[h, t]
             for i in range(width):
-                mean[h, i] += factor * tokens[t, i]
+                mean[h, i] = fma(factor, tokens[t, i], mean[h, i])
     values = width + groups * head_width
     for h in range(heads):
         first = values + h * groups // heads * head_width

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepstream.models.compiled import fast_kernel, fast_part
+from stepstream.models.compiled import fma, kernel, part, sums
 from stepstream.models.dyngraph.nat_kernels import AGES_NS, RANKS, SINCE, find, times
 
 __all__ = ["score_pairs"]
@@ -23,7 +23,25 @@ Floats = npt.NDArray[np.float32]
 _EMPTY = -1
 
 
-@fast_part
+@sums
+def _dot(weight: Floats, x: Floats, row: int) -> Any:
+    """The product of the vector `weight` and a row of x, which may be longer."""
+    total = np.float32(0)
+    for j in range(weight.shape[0]):
+        total += weight[j] * x[row, j]
+    return total
+
+
+@sums
+def _positive_dot(weight: Floats, x: Floats) -> Any:
+    """The product of the vector `weight` and what is above 0 in the one row of x."""
+    total = np.float32(0)
+    for j in range(weight.shape[0]):
+        total += weight[j] * max(x[0, j], np.float32(0))
+    return total
+
+
+@part
 def _through(x: Floats, rows: int, weight: Floats, first: int, out: Floats) -> None:
     """Adds x weight, with its rows from `first` on, to `out`; half of what comes in is zero."""
     for e in range(rows):
@@ -31,10 +49,10 @@ def _through(x: Floats, rows: int, weight: Floats, first: int, out: Floats) -> N
             factor = x[e, i]
             if factor != 0:
                 for j in range(out.shape[1]):
-                    out[e, j] += factor * weight[first + i, j]
+                    out[e, j] = fma(factor, weight[first + i, j], out[e, j])
 
 
-@fast_part
+@part
 def _second_layer(before: Floats, rows: int, weights: Any, hidden: Floats, logits: Floats) -> None:
     """The joint features and the logits of attention, from what comes out of the first layer."""
     weight, bias, attend, offset = weights
@@ -45,15 +63,13 @@ def _second_layer(before: Floats, rows: int, weights: Any, hidden: Floats, logit
             factor = before[e, i]
             if factor > 0:
                 for j in range(hidden.shape[1]):
-                    hidden[e, j] += factor * weight[i, j]
-        logit = offset[0]
+                    hidden[e, j] = fma(factor, weight[i, j], hidden[e, j])
         for j in range(hidden.shape[1]):
             hidden[e, j] = max(hidden[e, j], np.float32(0))
-            logit += attend[j] * hidden[e, j]
-        logits[e] = logit
+        logits[e] = offset[0] + _dot(attend, hidden, e)
 
 
-@fast_part
+@part
 def _entry(
     ns: Ints, met: Floats, edge: Floats, node: int, place: int, time_ns: int, rates: Floats, scale: float, x: Floats,
     e: int, first: int,
@@ -70,7 +86,7 @@ def _entry(
     x[e, first + 2 + width + rates.shape[0]] = math.log1p(met[node, place])
 
 
-@fast_part
+@part
 def _side(
     state: Any, node: int, same: bool, at: Any, time_ns: int, rates: Floats, scale: float, x: Floats, e: int
 ) -> None:
@@ -87,7 +103,7 @@ def _side(
         _entry(state[9], state[10], state[11], node, at[1], time_ns, rates, scale, x, e, 2 + size)
 
 
-@fast_part
+@part
 def _pool(hidden: Floats, logits: Floats, left_out: Ints, rows: int, most: float, x: Floats, total: Floats) -> Any:
     """Adds nodes to a softmax that is not yet divided, and to a plain sum, side by side in `x`; returns the largest
     logit so far.
@@ -106,12 +122,12 @@ def _pool(hidden: Floats, logits: Floats, left_out: Ints, rows: int, most: float
             weight = np.float32(math.exp(logits[e] - most))
             total[0] += weight
             for j in range(size):
-                x[0, j] += weight * hidden[e, j]
+                x[0, j] = fma(weight, hidden[e, j], x[0, j])
                 x[0, size + j] += hidden[e, j]
     return most
 
 
-@fast_part
+@part
 def _listed(ids: Ints, first: Ints, second: Ints, owner: int, entry: int) -> Any:
     """A node's own id, then those in its caches."""
     if entry == 0:
@@ -121,7 +137,7 @@ def _listed(ids: Ints, first: Ints, second: Ints, owner: int, entry: int) -> Any
     return second[owner, entry - 1 - first.shape[1]]
 
 
-@fast_part
+@part
 def _known(state: Any, owner: int, time_ns: int, rates: Floats, scale: float, seed: int, nodes: Ints, x: Floats) -> Any:
     """All that a node knows, each once: their ids, and what it knows of each, in the rows of `x`; returns how many."""
     ids, first, second = state[0], state[4], state[8]
@@ -139,7 +155,7 @@ def _known(state: Any, owner: int, time_ns: int, rates: Floats, scale: float, se
     return count
 
 
-@fast_part
+@part
 def _of_target(
     state: Any, pair: Any, time_ns: int, rates: Floats, scale: float, seed: int, known: Any, shared: Ints, x: Floats
 ) -> Any:
@@ -174,7 +190,7 @@ def _of_target(
     return rows, both
 
 
-@fast_part
+@part
 def _ends(
     state: Any, pair: Any, time_ns: int, rates: Floats, scale: float, many: float, seed: int, x: Floats, at: int
 ) -> None:
@@ -199,7 +215,7 @@ def _ends(
             x[0, begin + size] = np.float32(1) / np.float32(1 + events[node] - state[12][node, place])
 
 
-@fast_part
+@part
 def _class(value: int, bounds: Ints) -> Any:
     """How many of `bounds` are at most `value`."""
     found = 0
@@ -209,7 +225,7 @@ def _class(value: int, bounds: Ints) -> Any:
     return found
 
 
-@fast_part
+@part
 def _met(state: Any, pair: Any, time_ns: int, classes: Any, seed: int, out: Floats) -> None:
     """As `NAT._met`: adds what the classes say of when the two ends last met, for each end that knows it."""
     since, ranks, ages = classes
@@ -229,7 +245,7 @@ def _met(state: Any, pair: Any, time_ns: int, classes: Any, seed: int, out: Floa
                 out[0, j] += since[a, j] + ranks[b, j] + ages[c, j]
 
 
-@fast_kernel
+@kernel
 def score_pairs(
     state: Any, weights: Any, source: Ints, target: Ints, time_ns: Ints, scale: float, many: float, seed: int
 ) -> Floats:
@@ -276,8 +292,5 @@ def score_pairs(
             last[0] = weights[8]
             _through(pooled, 1, weights[7], 0, last)
             _met(state, pair, time_ns[b], weights[11:14], seed, last)
-            score = weights[10][0]
-            for j in range(size):
-                score += weights[9][j] * max(last[0, j], np.float32(0))
-            scores[b, k] = score
+            scores[b, k] = weights[10][0] + _positive_dot(weights[9], last)
     return scores

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.compiled import fast_kernel, fast_part
+from stepstream.models.compiled import fma, kernel, part
 
 __all__ = ["Floats", "Learned", "Mixture", "correct_row", "correct_rows", "find_kinds", "learn_row", "learn_rows"]
 
@@ -20,7 +20,7 @@ Learned: TypeAlias = tuple[Floats, Floats]
 """As `Smoother.learned` gives them."""
 
 
-@fast_part
+@part
 def learn_row(
     mixture: Mixture, node: int, kind: int, before: Floats, old: int, after: Floats, new: int, gap: float
 ) -> None:
@@ -31,10 +31,10 @@ def learn_row(
     for i in range(before.shape[1]):
         change = (after[new, i] - before[old, i]) * scale
         total[node, kind, i] += change
-        square[node, kind, i] += change * change
+        square[node, kind, i] = fma(change, change, square[node, kind, i])
 
 
-@fast_part
+@part
 def correct_row(
     mixture: Mixture,
     node: int,
@@ -57,10 +57,10 @@ def correct_row(
         noise = max(square[node, kind, i] * each - mean * mean, np.float32(0))
         move = scale * (mean * signal / (signal + noise + np.float32(1e-12)) + shared[kind, i])
         predicted = before[old, i] + min(max(move, np.float32(-1)), np.float32(1))
-        after[new, i] = predicted + gamma[kind, i] * (after[new, i] - predicted)
+        after[new, i] = fma(gamma[kind, i], after[new, i] - predicted, predicted)
 
 
-@fast_kernel
+@kernel
 def learn_rows(
     mixture: Mixture, node: Ints, kind: Ints, before: Floats, after: Floats, gap: Floats, counts: NDArray[np.bool_]
 ) -> None:
@@ -70,7 +70,7 @@ def learn_rows(
             learn_row(mixture, node[row], kind[row], before, row, after, row, gap[row])
 
 
-@fast_kernel
+@kernel
 def correct_rows(
     mixture: Mixture, node: Ints, kind: Ints, before: Floats, after: Floats, gap: Floats, learned: Learned
 ) -> None:
@@ -79,7 +79,7 @@ def correct_rows(
         correct_row(mixture, node[row], kind[row], before, after, row, row, gap[row], learned)
 
 
-@fast_kernel
+@kernel
 def find_kinds(node: Ints, other: Ints, ids: Ints, count: Ints) -> Ints:
     """0 where `other` is among the recent neighbours of `node`, else 1: int64 [n]. `ids`: rings [nodes, slots]."""
     kinds = np.ones(len(node), np.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.compiled import fast_kernel
+from stepstream.models.compiled import fma, kernel
 from stepstream.models.dyngraph.vector_math import cosine_into, exp_of, log1p_of
 
 __all__ = ["gated", "messages", "move"]
@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-@fast_kernel
+@kernel
 def messages(
     ends: tuple[Ints, Ints, Ints, Floats, Floats], held: tuple[Ints, Ints, Floats], time: tuple[Floats, Floats]
 ) -> tuple[Floats, Ints]:
@@ -50,7 +50,7 @@ def messages(
     return out, lag
 
 
-@fast_kernel
+@kernel
 def move(node: Ints, message: Floats, lags: Ints, memory: Floats, far: Floats, lag: Ints) -> None:
     """Own memories, far memories and lags of messages go to where they are pending."""
     width = memory.shape[1]
@@ -63,7 +63,7 @@ def move(node: Ints, message: Floats, lags: Ints, memory: Floats, far: Floats, l
             far[to, i] = message[row, width + i]
 
 
-@fast_kernel
+@kernel
 def gated(mixed: Floats, candidate: Floats, message: Floats) -> Floats:
     """What a GRU gives, from `mixed` [n, 3 width] and `candidate` [n, width] as `tgn_folded.Gates` makes them and the
     hidden states [n, width] that the messages begin with. Writes over `mixed`.
@@ -80,11 +80,11 @@ def gated(mixed: Floats, candidate: Floats, message: Floats) -> Floats:
             top = one if mixed[row, i] >= 0 else powers[i]
             mixed[row, i] = top / (one + powers[i])
         for i in range(width):
-            candidate[row, i] = mixed[row, 2 * width + i] + mixed[row, i] * candidate[row, i]
+            candidate[row, i] = fma(mixed[row, i], candidate[row, i], mixed[row, 2 * width + i])
             powers[i] = -two * abs(candidate[row, i])
         exp_of(powers, bits, width)
         for i in range(width):
             new = (one - powers[i]) / (one + powers[i])
             new = new if candidate[row, i] >= 0 else -new
-            out[row, i] = new + mixed[row, width + i] * (message[row, i] - new)
+            out[row, i] = fma(mixed[row, width + i], message[row, i] - new, new)
     return out

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstream.models.compiled import fast_kernel, fast_part
+from stepstream.models.compiled import fma, kernel, part, sums
 from stepstream.models.dyngraph.pres_kernels import correct_row, learn_row
 from stepstream.models.dyngraph.vector_math import cosine_into, exp_of, log1p_of
 
@@ -23,37 +23,59 @@ Floats = NDArray[np.float32]
 Room: TypeAlias = tuple[Floats, Floats, NDArray[np.int32], NDArray[np.float64], Ints]
 
 
-@fast_part
+@sums
+def _row_dot(weight: Floats, row: int, x: Floats) -> Any:
+    total = np.float32(0)
+    for i in range(weight.shape[1]):
+        total += weight[row, i] * x[i]
+    return total
+
+
+@sums
+def _total(x: Floats, count: int) -> Any:
+    total = np.float32(0)
+    for i in range(count):
+        total += x[i]
+    return total
+
+
+@sums
+def _positive_dot(weight: Floats, x: Floats) -> Any:
+    """The product of the one row of `weight` and what is above 0 in x."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += weight[0, i] * max(x[i], np.float32(0))
+    return total
+
+
+@part
 def _affine(weight: Floats, x: Floats, out: Floats) -> None:
     """Adds weight x to `out`."""
     for j in range(weight.shape[0]):
-        total = np.float32(0)
-        for i in range(weight.shape[1]):
-            total += weight[j, i] * x[i]
-        out[j] += total
+        out[j] += _row_dot(weight, j, x)
 
 
-@fast_part
+@part
 def _through(x: Floats, weight: Floats, out: Floats) -> None:
     """Adds x^T weight to `out`."""
     for i in range(weight.shape[0]):
         factor = x[i]
         for j in range(weight.shape[1]):
-            out[j] += factor * weight[i, j]
+            out[j] = fma(factor, weight[i, j], out[j])
 
 
-@fast_part
+@part
 def _seconds(later: int, earlier: int) -> Any:
     return np.float32(max(later - earlier, 0)) * np.float32(1e-9)
 
 
-@fast_part
+@part
 def _encode(gap: float, frequency: Floats, phase: Floats, out: Floats) -> None:
     """As `TimeEncoder`, of one duration in seconds."""
     cosine_into(np.float32(math.log1p(gap)), frequency, phase, out.reshape(1, len(out)), 0, 0)
 
 
-@fast_part
+@part
 def _gru(x: Floats, h: Floats, cell: tuple[Floats, Floats, Floats, Floats]) -> Floats:
     """A step of `nn.GRUCell`, gates in its order: reset, update, new."""
     d = len(h)
@@ -70,7 +92,7 @@ def _gru(x: Floats, h: Floats, cell: tuple[Floats, Floats, Floats, Floats]) -> F
     return out
 
 
-@fast_kernel
+@kernel
 def take_one(
     ends: tuple[int, int, int],
     given: Floats,
@@ -144,7 +166,7 @@ def take_one(
         current[node] = after
 
 
-@fast_part
+@part
 def _room(slots: int, entry: int) -> Any:
     """Room for a ring's entries, for its scores, for its ages, and the last two as integers; for a multiple of four."""
     slots = (slots + 3) // 4 * 4
@@ -152,7 +174,7 @@ def _room(slots: int, entry: int) -> Any:
     return np.zeros((slots, entry), np.float32), scores, scores.view(np.int32), ages, ages.view(np.int64)
 
 
-@fast_part
+@part
 def _pool(
     node: int,
     now: int,
@@ -170,8 +192,8 @@ def _pool(
     """Adds to row `row` of `pooled` [n, heads, entry] the entries of a ring, weighed by a query: row `query` of
     `absorbed` begins with [heads, entry].
 
-    `there`: slots filled, at least 1; `room`: for entries, scores and ages, see `_room`. Without slices of arrays,
-    which are counted up and down one by one and cost as much as the arithmetic.
+    `there`: slots filled, at least 1; `room`: for entries, scores and ages, see `_room`. No slice of an array for an
+    entry: slices are counted up and down one by one, and cost as much as the arithmetic.
     """
     entries, scores, score_bits, ages, age_bits = room
     width, code, entry = current.shape[1], len(time[0]), entries.shape[1]
@@ -187,18 +209,14 @@ def _pool(
         for i in range(entry - width - code):
             entries[k, width + code + i] = features[node, k, i]
     for h in range(pooled.shape[1]):
-        top, total = np.float32(-np.inf), np.float32(0)
+        top, asked = np.float32(-np.inf), absorbed[query, h * entry : (h + 1) * entry]
         for k in range(there):
-            met = np.float32(0)
-            for i in range(entry):
-                met += entries[k, i] * absorbed[query, h * entry + i]
-            scores[k] = met * np.float32(scale)
+            scores[k] = _row_dot(entries, k, asked) * np.float32(scale)
             top = max(top, scores[k])
         for k in range(there):
             scores[k] -= top
         exp_of(scores, score_bits, there)
-        for k in range(there):
-            total += scores[k]
+        total = _total(scores, there)
         for k in range(there):
             scores[k] /= total
         for k in range(there, len(scores)):
@@ -208,12 +226,11 @@ def _pool(
             second, third, fourth = min(k + 1, there - 1), min(k + 2, there - 1), min(k + 3, there - 1)
             a, b, c, d = scores[k], scores[k + 1], scores[k + 2], scores[k + 3]
             for i in range(entry):
-                pooled[row, h, i] += (a * entries[k, i] + b * entries[second, i]) + (
-                    c * entries[third, i] + d * entries[fourth, i]
-                )
+                early = fma(a, entries[k, i], b * entries[second, i])
+                pooled[row, h, i] += early + fma(c, entries[third, i], d * entries[fourth, i])
 
 
-@fast_kernel
+@kernel
 def pool_rings(
     node: Ints,
     time_ns: Ints,
@@ -243,7 +260,7 @@ def pool_rings(
     return pooled
 
 
-@fast_part
+@part
 def _embed(
     node: int,
     now: int,
@@ -284,7 +301,7 @@ def _embed(
     return embedding
 
 
-@fast_kernel
+@kernel
 def score_few(
     source: Ints,
     destination: Ints,
@@ -307,8 +324,5 @@ def score_few(
             node = destination[b, k]
             hidden = base.copy()
             _affine(decoder[2], _embed(node, now, count[node], current, rings, attention, merge, time), hidden)
-            total = decoder[4][0]
-            for i in range(len(hidden)):
-                total += decoder[3][0, i] * max(hidden[i], np.float32(0))
-            scores[b, k] = total
+            scores[b, k] = decoder[4][0] + _positive_dot(decoder[3], hidden)
     return scores

@@ -9,24 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepstream.models.compiled import fast_kernel
+from stepstream.models.compiled import kernel
 from stepstream.models.dyngraph.vector_math import cosine_into, exp_of, log1p_of
 
 FLOAT = np.finfo(np.float32).eps
 COMPILES = settings(deadline=None)
 
 
-@fast_kernel
+@kernel
 def logarithms(values: Any, count: int) -> None:
     log1p_of(values, values.view(np.int64), count)
 
 
-@fast_kernel
+@kernel
 def exponentials(values: Any, count: int) -> None:
     exp_of(values, values.view(np.int32), count)
 
 
-@fast_kernel
+@kernel
 def cosines(scale: Any, frequency: Any, phase: Any, out: Any) -> None:
     cosine_into(scale, frequency, phase, out, 1, 2)
 
