@@ -16,6 +16,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import nn
 
+from stepstream.models.huge_pages import settle
+
 __all__ = [
     "Card",
     "Weights",
@@ -101,7 +103,10 @@ def find_weights(weights: str | Path) -> Weights:
 
 
 def load_into(model: nn.Module, weights: Weights) -> None:
-    """Loads parameters and buffers; raises WeightsError unless every name, shape and the checksum fit."""
+    """Loads parameters and buffers, which then lie in huge pages if they fill one.
+
+    Raises WeightsError unless every name, shape and the checksum fit.
+    """
     path = weights.folder / "model.safetensors"
     try:
         if path.stat().st_size > MAX_WEIGHTS_BYTES:
@@ -129,6 +134,7 @@ def load_into(model: nn.Module, weights: Weights) -> None:
             shapes = f"{list(tensors[name].shape)}: {list(expected[name].shape)} was expected"
             raise WeightsError(f"{path}: {name!r} has shape {shapes}")
     model.load_state_dict(tensors)
+    settle(model)
 
 
 def save_weights(model: nn.Module, folder: Path, card: Card) -> Card:

@@ -240,16 +240,17 @@ class ContinualAttention(Layer):
             and usable(x, weight, data, dropout=self.training and self.dropout > 0)
         )
 
-    def own_parameters(self) -> tuple[Tensor | None, ...] | None:
-        """in_proj_weight, in_proj_bias, the bias by age, and the bits of the rotary frequencies.
+    def own_places(self) -> list[tuple[dict[str, Tensor | None], str]] | None:
+        """Where its own parameters are: in_proj_weight, in_proj_bias, the bias by age, the bits of rotary frequencies.
 
         None if some are made anew whenever they are asked for (torch.nn.utils.parametrize).
         """
         if "parametrizations" in self._modules:
             return None
-        own, ages, rotary = self._parameters, self.age_bias, self.rotary
-        bits = None if rotary is None else rotary.get_buffer("frequency_bits")
-        return own["in_proj_weight"], own.get("in_proj_bias"), None if ages is None else ages.weight, bits
+        ages: Any = {} if self.age_bias is None else self.age_bias._parameters  # noqa: SLF001
+        bits: Any = {} if self.rotary is None else self.rotary._buffers  # noqa: SLF001
+        own: Any = self._parameters
+        return [(own, "in_proj_weight"), (own, "in_proj_bias"), (ages, "weight"), (bits, "frequency_bits")]
 
     def marked(self, batch: int, state: Tree, present: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Which rows of a batch are present, and the leaf that remembers it; None if all are, always."""

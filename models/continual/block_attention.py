@@ -15,6 +15,7 @@ from torch import Tensor
 from stepstream.models.base import Tree
 from stepstream.models.continual.base import take
 from stepstream.models.continual.fused import call_kernel, left_to_us
+from stepstream.models.huge_pages import zeros
 
 __all__ = ["attend_in_blocks", "attend_row_in_blocks", "block_shapes", "blocks_of", "empty_blocks"]
 
@@ -39,7 +40,7 @@ def empty_blocks(
     """
     kinds = {"mean": like.dtype, "log_sum": torch.promote_types(like.dtype, torch.float32)}
     shapes = block_shapes(streams, heads, memory, head_width)
-    return {name: torch.zeros(shape, dtype=kinds[name], device=device) for name, shape in shapes.items()}
+    return {name: zeros(shape, kinds[name], device) for name, shape in shapes.items()}
 
 
 def block_shapes(streams: int, heads: int, memory: int, head_width: int) -> dict[str, tuple[int, ...]]:

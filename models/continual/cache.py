@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepstream.models.base import Tree
 from stepstream.models.continual.base import take
+from stepstream.models.huge_pages import zeros
 
 __all__ = ["Precision", "empty_ring", "read_ring", "write_ring"]
 
@@ -27,7 +28,7 @@ def empty_ring(
     """
     kinds = {"parameters": like.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
     shape = (streams, heads, steps, width)
-    ring = {"data": torch.zeros(shape, dtype=kinds[precision], device=device)}
+    ring = {"data": zeros(shape, kinds[precision], device)}
     if precision == "int8":
         ring["scale"] = torch.zeros(shape[:3], dtype=torch.float32, device=device)
     return ring

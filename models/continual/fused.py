@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, float32, get_num_threads, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 __all__ = [
     "Prepared",
@@ -17,7 +18,6 @@ __all__ = [
     "call_kernel",
     "left_to_us",
     "or_empty",
-    "parameters_of",
     "usable",
     "vector",
 ]
@@ -26,7 +26,11 @@ MANY = 1 << 20
 """Numbers in a ring from which torch's threads, where there are several, are worth more than a kernel's single one."""
 
 Made = TypeVar("Made")
+_Part: TypeAlias = "tuple[dict[str, nn.Module | None], str, nn.Module | None, dict[int, Any], dict[int, Any]]"
+_Place: TypeAlias = "tuple[dict[str, Tensor | None], str, Tensor | None, int]"
 
+# Nothing public tells.
+_transforms_active = torch._C._are_functorch_transforms_active  # noqa: SLF001
 _kernels: dict[str, Callable[..., Any]] = {}
 MISFIT = "rows, due and present were expected for each row of x, and rows to be slots of the state"
 _EMPTY: dict[tuple[type, int], NDArray[Any]] = {
@@ -58,7 +62,7 @@ def usable(x: Tensor, weight: Tensor, data: Tensor, *, dropout: bool) -> bool:
         and data.dtype == torch.float32
         and data.is_cpu
         and data.is_contiguous()
-        and (data.numel() < MANY or torch.get_num_threads() == 1)
+        and (data.numel() < MANY or get_num_threads() == 1)
     )
 
 
@@ -69,32 +73,70 @@ def left_to_us(x: Tensor, weight: Tensor) -> bool:
     """
     return (
         type(x) is Tensor
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001 - nothing public tells
+        and x.dtype == weight.dtype == float32
+        and not is_compiling()
+        and not _transforms_active()
         and x.is_cpu
         and weight.is_cpu
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
 
 
 class Prepared(Generic[Made]):
-    """What is made of a module's parameters, made again when one of them has moved; copies start without.
+    """What is made of the parameters of a layer, until one of them is another, or has moved; copies start without.
 
     Threads that make it at once make the same.
     """
 
     def __init__(self) -> None:
-        self._made: tuple[list[int], list[Tensor | None], Made] | None = None
+        self._made: tuple[list[_Part], list[_Place], Made] | None = None
 
-    def get(self, parameters: Sequence[Tensor | None], make: Callable[[list[Tensor | None]], Made]) -> Made:
-        """What `make` made of these parameters, whose memory is held, so that no other takes its address."""
-        at = [0 if p is None else p.data_ptr() for p in parameters]
-        made = self._made
-        if made is None or made[0] != at:
-            held = [None if p is None else p.detach() for p in parameters]
-            made = self._made = (at, held, make(held))
-        return made[2]
+    def current(self) -> Made | None:
+        """What was made, if the same parameters lie where they did, in modules on which no hook has been hung since.
+
+        This is asked at every step, and most of a step's time beside its kernel is waiting for memory: so it goes from
+        dict to dict, and not through modules.
+        """
+        if self._made is None:
+            return None
+        parts, places, made = self._made
+        for modules, name, module, hooks, hooks_before in parts:
+            if modules.get(name) is not module or hooks or hooks_before:
+                return None
+        for parameters, name, parameter, at in places:
+            if parameters.get(name) is not parameter or (parameter is not None and parameter.data_ptr() != at):
+                return None
+        return made
+
+    def make(
+        self,
+        layers: Sequence[tuple[nn.Module, str]],
+        others: Sequence[tuple[nn.Module, str]],
+        own: Sequence[tuple[dict[str, Tensor | None], str]],
+        make: Callable[[list[Tensor | None]], Made],
+    ) -> Made | None:
+        """What `make` makes of weight, bias, weight, bias, ... of `layers`, torch's own, and of `own`; None for None.
+
+        `others`: what must not come, go or be replaced either. A module is given by the one that has it and its name,
+        a parameter by its dict and its name. None if a layer is something else, or has a hook hung on it, that a
+        kernel would not call. The memory of what `make` is given is held, so that no other takes its address.
+        """
+        parts = [_part(parent, name) for parent, name in (*layers, *others)]
+        places: list[_Place] = []
+        for _, _, module, hooks, hooks_before in parts[: len(layers)]:
+            plain: Any = module if type(module) in (nn.Linear, nn.LayerNorm) else None
+            if plain is None or hooks or hooks_before:
+                return None
+            held: Any = plain._parameters  # noqa: SLF001
+            places += [_placed(held, name) for name in ("weight", "bias")]
+        places += [_placed(parameters, name) for parameters, name in own]
+        made = make([None if p is None else p.detach() for _, _, p, _ in places])
+        self._made = parts, places, made
+        return made
+
+    def learns(self) -> bool:
+        """Whether one of the parameters wants a gradient."""
+        return self._made is not None and any(p is not None and p.requires_grad for _, _, p, _ in self._made[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Prepared[Made]:
         return Prepared()
@@ -103,20 +145,16 @@ class Prepared(Generic[Made]):
         return Prepared, ()
 
 
-def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor | None] | None:
-    """Weight, bias, weight, bias, ... of torch's own layers; None if one of them is something else, or has a hook hung
-    on it, that a kernel would not call.
+def _part(parent: nn.Module, name: str) -> _Part:
+    modules: Any = parent._modules  # noqa: SLF001
+    module = modules.get(name)
+    hooks: Any = ({}, {}) if module is None else (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
+    return modules, name, module, *hooks
 
-    From their dicts: the way through `nn.Module.__getattr__` costs a microsecond for each.
-    """
-    found: list[Tensor | None] = []
-    for module in modules:
-        if type(module) not in (nn.Linear, nn.LayerNorm) or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001
-            return None
-        held = module._parameters  # noqa: SLF001
-        found.append(held["weight"])
-        found.append(held["bias"])
-    return found
+
+def _placed(parameters: dict[str, Tensor | None], name: str) -> _Place:
+    parameter = parameters.get(name)
+    return parameters, name, parameter, address(parameter)
 
 
 def vector(tensor: Tensor | None, kind: torch.dtype, batch: int) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 uv run --group bench python -m tests.bench.continual_attention [FOLDER [SECTION]...]
 
-One thread; width 256, 8 heads, feed-forward 1024. Alternatives take turns; medians of CPU time.
+One thread; width 256, 8 heads, feed-forward 1024. Alternatives take turns; medians of CPU time. All weights, those of
+the alternatives too, lie in huge pages, as a loaded model's do (`stepstream.models.huge_pages`).
 "layer": one encoder layer. "two-blocks": the exact two-block encoder, batch 1. "query": one query's attention over the
 cached keys and values, against reading both once: at the memory's bandwidth, and from the cache that they may lie in.
 "ragged": a thousand streams, each on its own clock, in one attention step against one each, and a pass over their
@@ -26,6 +27,7 @@ from stepstream.models.continual.attention import ContinualAttention, attend
 from stepstream.models.continual.encoder import EncoderLayer
 from stepstream.models.continual.fused import as_arrays, call_kernel
 from stepstream.models.continual.two_block_encoder import TwoBlockEncoder
+from stepstream.models.huge_pages import settle, zeros
 
 WIDTH, HEADS, FEEDFORWARD = 256, 8, 1024
 WINDOWS = (64, 256, 1024)
@@ -42,15 +44,20 @@ def compared(seconds: dict[str, float]) -> dict[str, Any]:
 
 def torchs(layers: int) -> nn.Module:
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, batch_first=True)
-    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval()
+    return settle(nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).eval())
+
+
+def reference_layer(window: int) -> Any:
+    layer = SingleOutputTransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window)
+    return settle(layer.eval())
 
 
 def layer_step(window: int, batch: int) -> dict[str, Any]:
     """One encoder layer."""
-    ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
+    ours = settle(EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval())
     state, theirs = ours.initial_state(batch), torchs(1)
     state["clock"].fill_(window)  # a full ring: a step reads no more than has been written
-    reference = SingleOutputTransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window).eval()
+    reference = reference_layer(window)
     x, past = torch.randn(batch, WIDTH), torch.randn(batch, window, WIDTH)
     reference.forward_steps(past.transpose(1, 2))
     rounds = 30 if batch * window < 4096 else 7
@@ -64,11 +71,11 @@ def layer_step(window: int, batch: int) -> dict[str, Any]:
 
 def two_blocks(window: int) -> dict[str, Any]:
     """The exact two-block encoder."""
-    ours = TwoBlockEncoder(WIDTH, HEADS, window, feedforward=FEEDFORWARD).eval()
+    ours = settle(TwoBlockEncoder(WIDTH, HEADS, window, feedforward=FEEDFORWARD).eval())
     state, theirs = ours.initial_state(1), torchs(2)
     state["clock"].fill_(window)
     factory = TransformerEncoderLayerFactory(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window)
-    reference = TransformerEncoder(factory, num_layers=2).eval()
+    reference = settle(TransformerEncoder(factory, num_layers=2).eval())
     x, past = torch.randn(1, WIDTH), torch.randn(1, window, WIDTH)
     reference.forward_steps(past.transpose(1, 2))
     alternatives = {
@@ -80,8 +87,8 @@ def two_blocks(window: int) -> dict[str, Any]:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second of one pass over a buffer far beyond the caches (256 MB)."""
-    buffer = torch.randn(1 << 26)
+    """Bytes a second of one pass over a buffer far beyond the caches (256 MB, in huge pages)."""
+    buffer = zeros((1 << 26,), torch.float32, "cpu").normal_()
     return buffer.numel() * 4 / cpu_seconds({"pass": lambda: buffer.sum()}, 9)["pass"]
 
 
@@ -155,10 +162,10 @@ def repeated(calls: Mapping[str, Callable[[], object]], rounds: int, burst: int 
 
 def alone(window: int, batch: int) -> dict[str, Any]:
     """One encoder layer in bursts of ten steps."""
-    ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
+    ours = settle(EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval())
     state, x = ours.initial_state(batch), torch.randn(batch, WIDTH)
     state["clock"].fill_(window)
-    reference = SingleOutputTransformerEncoderLayer(WIDTH, HEADS, FEEDFORWARD, 0.0, sequence_len=window).eval()
+    reference = reference_layer(window)
     reference.forward_steps(torch.randn(batch, WIDTH, window))
     weights = list(ours.parameters())
     alternatives = {
@@ -171,7 +178,7 @@ def alone(window: int, batch: int) -> dict[str, Any]:
 
 def compiled(window: int, batch: int) -> dict[str, Any]:
     """One encoder layer's step in three ways, each on its own state."""
-    ours = EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval()
+    ours = settle(EncoderLayer(WIDTH, HEADS, window, FEEDFORWARD).eval())
     x = torch.randn(batch, WIDTH)
     states = [ours.initial_state(batch) for _ in range(3)]
     for state in states:
