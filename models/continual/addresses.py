@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-__all__ = ["bytes_at", "doubles_at", "fetch", "floats_at", "integers_at"]
+__all__ = ["bits_at", "bytes_at", "doubles_at", "fetch", "floats_at", "integers_at"]
 
 
 def _pointer_to(kind: Any) -> Any:
@@ -45,3 +45,4 @@ def _fetch(_: Any, address: Any) -> Any:
 fetch: Any = _fetch
 floats_at, doubles_at = _pointer_to(types.float32), _pointer_to(types.float64)
 integers_at, bytes_at = _pointer_to(types.int64), _pointer_to(types.uint8)
+bits_at = _pointer_to(types.int32)
