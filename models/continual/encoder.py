@@ -37,6 +37,8 @@ class LayerTable(NamedTuple):
 
     eps: float
     width: int
+    """Of what the layer is given and gives."""
+
     held: list[Tensor | None]
     """What lies there: while a kernel reads it, another thread may give the layer other weights."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +15,14 @@ from equality import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from stepstream.models.base import copy_rows
 from stepstream.models.continual import attention, block_attention, encoder, fused, kernels, two_block_encoder
 from stepstream.models.continual.attention import ContinualAttention
 from stepstream.models.continual.base import Layer
 from stepstream.models.continual.encoder import FEW, EncoderLayer
+from stepstream.models.continual.positions import AgeBias
 from stepstream.models.continual.two_block_encoder import TwoBlockEncoder
 
 WIDTH, STREAMS = 12, 9
@@ -297,6 +300,108 @@ def test_torch_steps_what_it_must_see() -> None:
         layer.float().linear1.register_forward_hook(lambda *_: None)
         assert step(layer, x) == ["attention_step"], "a hook would not be called"
         assert step(EncoderLayer(WIDTH, 3, 4, 16, dropout=0.5).train(), x) == []
+
+
+def _moved(layer: EncoderLayer) -> None:
+    layer.linear2.weight.data = layer.linear2.weight.data * 2
+
+
+def _assigned(layer: EncoderLayer) -> None:
+    layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()}, assign=True)
+
+
+def _another_module(layer: EncoderLayer) -> None:
+    layer.linear1 = nn.Linear(WIDTH, 16)
+
+
+def _another_parameter(layer: EncoderLayer) -> None:
+    layer.self_attn.in_proj_bias = nn.Parameter(torch.randn(3 * WIDTH))
+
+
+def _another_attention(layer: EncoderLayer) -> None:
+    layer.self_attn = ContinualAttention(WIDTH, 3, 4, positions="relative")
+
+
+def _another_bias_by_age(layer: EncoderLayer) -> None:
+    layer.self_attn.age_bias = AgeBias(3, 4)
+    nn.init.normal_(layer.self_attn.age_bias.weight)
+
+
+def _no_bias_by_age(layer: EncoderLayer) -> None:
+    layer.self_attn.age_bias = None
+
+
+def _no_bias(layer: EncoderLayer) -> None:
+    layer.linear1.bias = None
+
+
+def _written(layer: EncoderLayer) -> None:
+    with torch.no_grad():
+        layer.norm2.weight.mul_(3)
+
+
+def _parametrised(layer: EncoderLayer) -> None:
+    parametrize.register_parametrization(layer.linear1, "weight", nn.Tanh())
+
+
+def _attention_parametrised(layer: EncoderLayer) -> None:
+    parametrize.register_parametrization(layer.self_attn, "in_proj_weight", nn.Tanh())
+
+
+def _normed(layer: EncoderLayer) -> None:
+    module: Any = nn.utils.parametrizations.weight_norm(layer.self_attn.out_proj)
+    module.parametrizations.weight.original0.mul_(2)
+
+
+def _hooked(layer: EncoderLayer) -> None:
+    layer.norm1.register_forward_hook(lambda module, given, y: 2 * y)
+
+
+def _hooked_before(layer: EncoderLayer) -> None:
+    layer.self_attn.out_proj.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _moved,
+        _assigned,
+        _another_module,
+        _another_parameter,
+        _another_attention,
+        _another_bias_by_age,
+        _no_bias_by_age,
+        _no_bias,
+        _written,
+        _parametrised,
+        _attention_parametrised,
+        _normed,
+        _hooked,
+        _hooked_before,
+    ],
+)
+@pytest.mark.parametrize("batch", [2, FEW + 1])
+def test_a_layer_that_changes_between_two_steps(change: Callable[[EncoderLayer], None], batch: int) -> None:
+    """What was looked up at the first step is not what the second goes by."""
+    torch.manual_seed(0)
+    layer = EncoderLayer(WIDTH, 3, 4, 16, positions="relative").eval()
+    nn.init.normal_(layer.self_attn.age_bias.weight)
+    state, other = layer.initial_state(batch), layer.initial_state(batch)
+    before, after, last = torch.randn(3, batch, WIDTH)
+    with torch.no_grad():
+        layer.step(before, state)
+        with calls(refused=True):
+            layer.step(before, other)
+        unchanged = copy.deepcopy(layer).step(after, {name: copy.deepcopy(leaf) for name, leaf in state.items()})
+        change(layer)
+        layer.eval()
+        for x in (after, last):
+            found = layer.step(x, state)
+            with calls(refused=True):
+                wanted = layer.step(x, other)
+            assert_close(found, wanted)
+            assert not torch.allclose(found, unchanged), "else nothing has changed"
+    assert_same_state(state, other)
 
 
 def test_kernels_are_compiled_anew_where_no_folder_can_be_written(tmp_path: Any) -> None:
