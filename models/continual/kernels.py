@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stepstream.models.compiled import fma, kernel, part, sums
 from stepstream.models.continual.addresses import bits_at, bytes_at, doubles_at, fetch, floats_at, integers_at
+from stepstream.models.vector_sums import row_dot, total_of
 
 __all__ = [
     "attention_step",
@@ -27,7 +28,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "rotate",
-    "rows_dot",
     "softmax",
 ]
 
@@ -66,37 +66,11 @@ def _exp(x: Any) -> Any:
 
 
 @sums
-def _total(x: Array, count: int) -> Any:
-    total = np.float32(0)
-    for i in range(count):
-        total += x[i]
-    return total
-
-
-@sums
 def _squares(x: Array, mean: Any) -> Any:
     """The sum of squares of what differs from `mean`."""
     total = np.float32(0)
     for i in range(x.shape[0]):
         total += (x[i] - mean) * (x[i] - mean)
-    return total
-
-
-@sums
-def _row_dot(a: Array, row: int, b: Array) -> Any:
-    """The product of a row of `a` and the vector `b`."""
-    total = np.float32(0)
-    for i in range(a.shape[1]):
-        total += a[row, i] * b[i]
-    return total
-
-
-@sums
-def rows_dot(a: Array, row: int, b: Array, other: int) -> Any:
-    """The product of a row of `a` and a row of `b`."""
-    total = np.float32(0)
-    for i in range(a.shape[1]):
-        total += a[row, i] * b[other, i]
     return total
 
 
@@ -125,7 +99,7 @@ def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
     """
     outs = weight.shape[0]
     for j in range(outs):
-        y[j] = _row_dot(weight, j, x)
+        y[j] = row_dot(weight, j, x)
     if bias.shape[0]:
         for j in range(outs):
             y[j] += bias[j]
@@ -135,7 +109,7 @@ def linear(weight: Array, bias: Array, x: Array, y: Array) -> None:
 def layer_norm(x: Array, weight: Array, bias: Array, eps: Any, y: Array) -> None:
     """torch.nn.LayerNorm of one vector; an empty bias is none. `y` may be `x`."""
     width = x.shape[0]
-    mean = _total(x, width) / np.float32(width)
+    mean = total_of(x, width) / np.float32(width)
     scale = np.float32(1) / np.sqrt(_squares(x, mean) / np.float32(width) + np.float32(eps))
     if bias.shape[0]:
         for i in range(width):
@@ -179,7 +153,7 @@ def softmax(scores: Array, count: int) -> Any:
         e = _exp(scores[t] - largest)
         # A key that is not seen has no weight at all, whatever it holds.
         scores[t] = np.float32(0) if scores[t] == np.float32(-np.inf) else e
-    return np.float32(1) / _total(scores, count)
+    return np.float32(1) / total_of(scores, count)
 
 
 @part
@@ -205,7 +179,7 @@ def _score(
         scores[t + 2] = s2 * scale
         scores[t + 3] = s3 * scale
     for t in range(whole, count):
-        scores[t] = _row_dot(keys, t, q) * scale
+        scores[t] = row_dot(keys, t, q) * scale
     if age_bias.shape[0]:
         for t in range(count):
             scores[t] += age_bias[(clock - t) % memory]

@@ -19,9 +19,9 @@ from stepstream.models.continual.kernels import (
     layer_norm,
     linear,
     rotate,
-    rows_dot,
     softmax,
 )
+from stepstream.models.vector_sums import rows_dot
 
 __all__ = ["merge_blocks", "two_block_begin", "two_block_end"]
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from stepstream.models.compiled import fma, kernel, part, sums
 from stepstream.models.dyngraph.nat_kernels import AGES_NS, RANKS, SINCE, find, times
+from stepstream.models.vector_sums import row_dot
 
 __all__ = ["score_pairs"]
 
@@ -21,15 +22,6 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 _EMPTY = -1
-
-
-@sums
-def _dot(weight: Floats, x: Floats, row: int) -> Any:
-    """The product of the vector `weight` and a row of x, which may be longer."""
-    total = np.float32(0)
-    for j in range(weight.shape[0]):
-        total += weight[j] * x[row, j]
-    return total
 
 
 @sums
@@ -66,7 +58,7 @@ def _second_layer(before: Floats, rows: int, weights: Any, hidden: Floats, logit
                     hidden[e, j] = fma(factor, weight[i, j], hidden[e, j])
         for j in range(hidden.shape[1]):
             hidden[e, j] = max(hidden[e, j], np.float32(0))
-        logits[e] = offset[0] + _dot(attend, hidden, e)
+        logits[e] = offset[0] + row_dot(hidden, e, attend)
 
 
 @part

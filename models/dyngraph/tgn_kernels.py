@@ -15,28 +15,13 @@ from numpy.typing import NDArray
 from stepstream.models.compiled import fma, kernel, part, sums
 from stepstream.models.dyngraph.pres_kernels import correct_row, learn_row
 from stepstream.models.dyngraph.vector_math import cosine_into, exp_of, log1p_of
+from stepstream.models.vector_sums import row_dot, total_of
 
 __all__ = ["pool_rings", "score_few", "take_one"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Room: TypeAlias = tuple[Floats, Floats, NDArray[np.int32], NDArray[np.float64], Ints]
-
-
-@sums
-def _row_dot(weight: Floats, row: int, x: Floats) -> Any:
-    total = np.float32(0)
-    for i in range(weight.shape[1]):
-        total += weight[row, i] * x[i]
-    return total
-
-
-@sums
-def _total(x: Floats, count: int) -> Any:
-    total = np.float32(0)
-    for i in range(count):
-        total += x[i]
-    return total
 
 
 @sums
@@ -52,7 +37,7 @@ def _positive_dot(weight: Floats, x: Floats) -> Any:
 def _affine(weight: Floats, x: Floats, out: Floats) -> None:
     """Adds weight x to `out`."""
     for j in range(weight.shape[0]):
-        out[j] += _row_dot(weight, j, x)
+        out[j] += row_dot(weight, j, x)
 
 
 @part
@@ -211,12 +196,12 @@ def _pool(
     for h in range(pooled.shape[1]):
         top, asked = np.float32(-np.inf), absorbed[query, h * entry : (h + 1) * entry]
         for k in range(there):
-            scores[k] = _row_dot(entries, k, asked) * np.float32(scale)
+            scores[k] = row_dot(entries, k, asked) * np.float32(scale)
             top = max(top, scores[k])
         for k in range(there):
             scores[k] -= top
         exp_of(scores, score_bits, there)
-        total = _total(scores, there)
+        total = total_of(scores, there)
         for k in range(there):
             scores[k] /= total
         for k in range(there, len(scores)):
