@@ -253,6 +253,16 @@ def _stream_step(
 
 
 @part
+def _next_ring(ring: Array, rows: Array, b: int, batch: int) -> int:
+    """Where the ring of the row after row `b` lies, if asking for it pays, else 0."""
+    size = 4 * ring.shape[1] * ring.shape[2] * ring.shape[3]
+    if batch * size <= NEAR or size > SHORT:
+        return 0
+    after = min(b + 1, batch - 1)
+    return ring.ctypes.data + (rows[after] if rows.shape[0] else after) * size
+
+
+@part
 def _fits(batch: int, ring: Array, clock: Array, rows: Array, due: Array, here: Array, present: Array) -> bool:
     """Whether each row of a batch has a slot of its own: compiled code reads what it is pointed at."""
     streams = ring.shape[0]
@@ -292,8 +302,6 @@ def attention_step(
     batch, width = qkv.shape[0], ring.shape[3]
     heads = qkv.shape[1] - ring.shape[1]
     scores, totals = np.empty((heads, ring.shape[2]), np.float32), np.empty(heads, np.float32)
-    size = 4 * ring.shape[1] * ring.shape[2] * width
-    ahead = batch * size > NEAR and size <= SHORT
     for b in range(batch):
         row = rows[b] if rows.shape[0] else b
         if due.shape[0] and not due[b]:
@@ -304,10 +312,7 @@ def attention_step(
         seen = present[row] if present.shape[0] else here
         if present.shape[0]:
             present[row, time % ring.shape[2]] = here[b]
-        next_ring = 0
-        if ahead:
-            after = min(b + 1, batch - 1)
-            next_ring = ring.ctypes.data + (rows[after] if rows.shape[0] else after) * size
+        next_ring = _next_ring(ring, rows, b, batch)
         _stream_step(qkv[b], ring[row], time, age_bias, seen, scores, totals, out[b].reshape(-1, width), next_ring)
     return True
 
@@ -453,6 +458,7 @@ def encoder_step(
             normed[:] = x[b]
         linear(in_weight, in_bias, normed, flat)
         rotate(qkv, heads + groups, time, frequencies)
-        _stream_step(qkv, ring[row], time, age_bias, seen, scores, totals, attended, 0)
+        next_ring = _next_ring(ring, rows, b, batch)
+        _stream_step(qkv, ring[row], time, age_bias, seen, scores, totals, attended, next_ring)
         feed_forward(x[b], attended.reshape(-1), weights, biases, eps, norm_first, gelu, y[b])
     return True

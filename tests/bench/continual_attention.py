@@ -7,8 +7,9 @@ the alternatives too, lie in huge pages, as a loaded model's do (`stepstream.mod
 "layer": one encoder layer. "two-blocks": the exact two-block encoder, batch 1. "query": one query's attention over the
 cached keys and values, against reading both once: at the memory's bandwidth, and from the cache that they may lie in.
 "ragged": a thousand streams, each on its own clock, in one attention step against one each, and a pass over their
-rings. "compiled": the layer's step as torch.compile makes it (a C++ compiler is needed), and as torch's operations one
-by one, beside the fused kernel. "alone": the same step again and again, its weights in the processor's cache, beside
+rings. "rows": many streams in one step of an encoder layer, as one kernel and as products of matrices, and one each.
+"compiled": the layer's step as torch.compile makes it (a C++ compiler is needed), and as torch's operations one by one,
+beside the fused kernel. "alone": the same step again and again, its weights in the processor's cache, beside
 continual-inference's in its turn, and a pass over the weights.
 """
 
@@ -23,6 +24,7 @@ from continual import SingleOutputTransformerEncoderLayer, TransformerEncoder, T
 from tests.bench.common import cpu_seconds, report
 from torch import nn
 
+from stepstream.models.continual import encoder
 from stepstream.models.continual.attention import ContinualAttention, attend
 from stepstream.models.continual.encoder import EncoderLayer
 from stepstream.models.continual.fused import as_arrays, call_kernel
@@ -146,6 +148,35 @@ def ragged(width: int, window: int, streams: int = 1000) -> dict[str, Any]:
     }
 
 
+def rows_at_once(width: int, feedforward: int, window: int, batch: int) -> dict[str, Any]:
+    """Microseconds a row of an encoder layer's step."""
+    x, rows = torch.randn(batch, width), torch.arange(batch)
+    layers, states = [], []
+    usual = encoder.READ
+    for read in (1 << 40, 0):
+        encoder.READ = read  # looked at when a layer steps for the first time
+        layers.append(settle(EncoderLayer(width, 4, window, feedforward).eval()))
+        states.append(layers[-1].initial_state(batch))
+        states[-1]["clock"].fill_(window)
+        layers[-1].step(x, states[-1], rows)
+    encoder.READ = usual
+
+    def one_by_one() -> None:
+        for i in range(batch):
+            layers[0].step(x[i : i + 1], states[0], rows[i : i + 1])
+
+    alternatives = {
+        "one kernel": lambda: layers[0].step(x, states[0], rows),
+        "products": lambda: layers[1].step(x, states[1], rows),
+        "one by one": one_by_one,
+    }
+    seconds = repeated(alternatives, 15)
+    return {
+        "weights_kb": sum(p.nbytes for p in layers[0].parameters()) >> 10,
+        "us_a_row": {name: round(1e6 * s / batch, 2) for name, s in seconds.items()},
+    }
+
+
 def repeated(calls: Mapping[str, Callable[[], object]], rounds: int, burst: int = 10) -> dict[str, float]:
     """Median CPU seconds of one call among others of itself: each alternative is called `burst` times in its turn."""
 
@@ -204,6 +235,11 @@ def main() -> None:
             "alone": lambda: {f"T={t} B={b}": alone(t, b) for t, b in [*grid[:3], (64, 32)]},
             "two-blocks": lambda: {f"T={t}": two_blocks(t) for t in WINDOWS},
             "query": lambda: {f"T={t} B={b}": query(t, b, bandwidth) for t, b in grid},
+            "rows": lambda: {
+                f"width {w} feed-forward {f} T={t} B={b}": rows_at_once(w, f, t, b)
+                for w, f, t in [(64, 128, 32), (64, 256, 64), (128, 512, 64), (256, 1024, 64)]
+                for b in (7, 16, 64)
+            },
             "ragged": lambda: {f"width {w} T={t}": ragged(w, t) for w, t in [(32, 32), (64, 32), (64, 64), (128, 64)]},
             "compiled": lambda: {f"T={t} B={b}": compiled(t, b) for t, b in [(64, 1), (64, 32)]},
         }

@@ -97,6 +97,13 @@ def assert_same_state(one: Any, other: Any) -> None:
 
 TWO_BLOCKS = ("encoder_middle", "two_block_end")
 
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of few weights, too, multiply matrices for more rows than `FEW`."""
+    monkeypatch.setattr(encoder, "READ", 0)
+
+
 OPTIONS = {
     "kv_heads": st.sampled_from([1, 3]),
     "bias": st.booleans(),
@@ -155,6 +162,21 @@ def test_an_encoder_layer(options: dict[str, Any], memory: int, feedforward: int
     assert_fused_equals_torch(layer, batch, 20, seed, "encoder_step", absent=options["absent"])
 
 
+@pytest.mark.parametrize(
+    ("width", "feedforward", "most"),
+    [(256, 1024, FEW), (128, 512, 26), (64, 128, encoder.MOST), (12, 16, encoder.MOST)],
+)
+def test_how_many_rows_are_one_kernel(width: int, feedforward: int, most: int) -> None:
+    layer = EncoderLayer(width, 4, 3, feedforward).eval()
+    state = layer.initial_state(most + 1)
+    with torch.no_grad():
+        for rows in (most, most + 1):
+            with calls() as names:
+                layer.step(torch.randn(rows, width), state, torch.arange(rows))
+            assert names[0] == ("encoder_step" if rows == most else "attention_step")
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("feedforward", [16, 512])
@@ -193,15 +215,15 @@ def test_two_blocks_with_rotary_positions_end_in_a_kernel() -> None:
     assert_fused_equals_torch(layer, 3, 20, 0, "finish_step", absent=False)
 
 
-@pytest.mark.parametrize("build", [EncoderLayer, TwoBlockEncoder])
-def test_what_is_beside_a_row_does_not_move_its_bits(build: Any) -> None:
+@pytest.mark.parametrize(("build", "rows"), [(EncoderLayer, FEW), (EncoderLayer, 100), (TwoBlockEncoder, FEW)])
+def test_what_is_beside_a_row_does_not_move_its_bits(build: Any, rows: int) -> None:
     torch.manual_seed(0)
     layer = build(64, 4, 5, feedforward=128).eval()
-    x, together, alone = torch.randn(9, FEW, 64), layer.initial_state(FEW), layer.initial_state(FEW)
+    x, together, alone = torch.randn(9, rows, 64), layer.initial_state(rows), layer.initial_state(rows)
     with torch.no_grad():
         for t in range(9):
-            whole = layer.step(x[t, t % 3 :], together, torch.arange(t % 3, FEW))
-            for row in range(t % 3, FEW):
+            whole = layer.step(x[t, t % 3 :], together, torch.arange(t % 3, rows))
+            for row in range(t % 3, rows):
                 one = layer.step(x[t, row : row + 1], alone, torch.tensor([row]))
                 assert torch.equal(one[0], whole[row - t % 3])
 
@@ -246,6 +268,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
     assert all(y[0].isfinite().all() and y[1].isnan().all() for y in found), "only the stream that got it, from then on"
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_what_is_not_a_number_is_not_hidden_among_many(norm_first: bool) -> None:
     layer = EncoderLayer(64, 4, 4, 128, norm_first=norm_first).eval()
@@ -361,6 +384,7 @@ def _hooked_before(layer: EncoderLayer) -> None:
     layer.self_attn.out_proj.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     "change",
     [
