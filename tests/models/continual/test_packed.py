@@ -10,6 +10,7 @@ import torch
 from equality import assert_close
 from torch import Tensor, nn
 
+from stepstream.models.continual import encoder, packed
 from stepstream.models.continual.adapters import adapt, adapters, mask_channels
 from stepstream.models.continual.encoder import EncoderLayer
 from stepstream.models.continual.packed import Packed, packable
@@ -73,16 +74,22 @@ def test_torch_multiplies_what_it_must_see() -> None:
     assert_close(compiled(x), layer(x))
 
 
-def test_a_copy_packs_its_own_weights() -> None:
+@needs_onednn
+def test_a_copy_packs_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(encoder, "READ", 0)  # else so few weights are for a kernel that packs nothing
+    packs, pack = [], packed._mkldnn()._reorder_linear_weight
+    monkeypatch.setattr(packed._mkldnn(), "_reorder_linear_weight", lambda weight: packs.append(weight) or pack(weight))
     layer, x = EncoderLayer(64, 4, 5, 64).eval(), torch.randn(8, 64)
     with torch.no_grad():
         layer.step(x, layer.initial_state(8))
+        assert len(packs) == 4
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             other.linear1.weight.mul_(3)
             wanted = copy.deepcopy(other).double()
             found = other.step(x, other.initial_state(8))
             assert_close(found.double(), wanted.step(x.double(), wanted.initial_state(8)), 1e-5)
+    assert len(packs) == 12
 
 
 def test_a_gradient_to_one_part_is_kept() -> None:
